@@ -1,0 +1,1 @@
+"""One folder per device. Each holds ``BACKEND``: its kernels, best first."""

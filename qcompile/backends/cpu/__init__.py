@@ -1,0 +1,32 @@
+"""The CPU: ATen's low-bit matrix products where they are fast and right, the reference where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import UnsupportedError, did_you_mean
+from ...kernels import Kernel
+from .kernels import Int4Pack, Int8Dynamic, Int8Pack
+
+
+class CPU:
+    """Kernels for any x86 or Arm CPU that PyTorch runs on."""
+
+    name = "cpu"
+    kernels: Sequence[Kernel] = (Int4Pack(), Int8Pack(), Int8Dynamic(), Kernel())
+
+    def missing(self) -> str:
+        """A CPU is always there."""
+        return ""
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel called ``name``."""
+        for kernel in self.kernels:
+            if kernel.name == name:
+                return kernel
+        raise UnsupportedError(
+            f"the cpu backend has no kernel {name!r}.{did_you_mean(name, (k.name for k in self.kernels))}"
+        )
+
+
+BACKEND = CPU()

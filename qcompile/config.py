@@ -1,0 +1,149 @@
+"""What the user asks for: ordered rules from site names to schemes, with presets by name.
+
+    QuantConfig(scheme="w4a16_g128")
+    QuantConfig(scheme="w4a16_g128", rules=[{"match": "*.down_proj", "scheme": "w8a16"}, {"match": "lm_head", "scheme": "w8a16"}])
+
+The same as a dict, a YAML or JSON file, or a preset's name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from . import plugins
+from .errors import ConfigError, did_you_mean
+from .types import Scheme, Site
+
+PRESETS: dict[str, dict[str, Any]] = {"rtn": {"scheme": "w4a16_g128"}}
+"""Preset names; any scheme name ("w8a16", "w4a16_g32_asym", "w8a8") is one as well, rounded to nearest."""
+
+FLOAT = "float"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _valid_scheme(value: str) -> str:
+    return value if value == FLOAT else str(Scheme.parse(value))
+
+
+class Rule(_Strict):
+    """Sites whose name matches get this scheme; ``match`` is a glob ("*.down_proj"), "re:<regex>" or a role.
+
+    Roles are found in the graph: "lm_head" and "router". Scheme "float" leaves a site as it is.
+    """
+
+    match: str = Field(min_length=1)
+    scheme: str
+    method: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    _scheme = field_validator("scheme")(_valid_scheme)
+
+    @field_validator("match")
+    @classmethod
+    def _valid_pattern(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ConfigError(f"rule {value!r} is not a regular expression: {error}") from None
+        return value
+
+    def matches(self, site: Site) -> bool:
+        """Whether this rule is about ``site``: by role, by regular expression from the start, or by glob."""
+        if self.match == site.role and site.role != "linear":
+            return True
+        if self.match.startswith("re:"):
+            return re.match(self.match[3:], site.name) is not None
+        return fnmatch.fnmatchcase(site.name, self.match)
+
+
+class QuantConfig(_Strict):
+    """The default scheme and method, and rules before it (the first match wins).
+
+    ``lm_head`` and routers stay float unless a rule matches them. ``minimum_coverage`` is checked against the sites
+    that could be quantized; below it ``quantize`` raises before any work.
+    """
+
+    scheme: str = "w4a16_g128"
+    method: str = "rtn"
+    options: dict[str, Any] = Field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    minimum_coverage: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    _scheme = field_validator("scheme")(_valid_scheme)
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> QuantConfig:
+        for method, options in [
+            (self.method, self.options),
+            *((r.method or self.method, r.options) for r in self.rules),
+        ]:
+            plugins.find("methods", method).check(options)
+        return self
+
+    def rule_for(self, site: Site) -> Rule | None:
+        """The first rule that matches ``site``."""
+        return next((rule for rule in self.rules if rule.matches(site)), None)
+
+
+def as_config(config: QuantConfig | str | Path | dict[str, Any]) -> QuantConfig:
+    """Turn what the user gave into a QuantConfig; raises ConfigError that says what is wrong."""
+    if isinstance(config, QuantConfig):
+        return config
+    if isinstance(config, dict):
+        return _from_dict(config, "config")
+    if isinstance(config, Path) or (isinstance(config, str) and config.endswith((".yaml", ".yml", ".json"))):
+        return _from_file(Path(config))
+    if isinstance(config, str):
+        if config in PRESETS:
+            return _from_dict(dict(PRESETS[config]), f"preset {config!r}")
+        if re.match(r"w\d+a\d+", config):
+            return QuantConfig(scheme=_valid_scheme(config))
+        raise ConfigError(
+            f"unknown preset {config!r}.{did_you_mean(config, PRESETS)} A scheme name such as 'w4a16_g64_asym', "
+            "a dict, a QuantConfig or a path to a .yaml or .json file will do as well."
+        )
+    raise ConfigError(
+        f"a config is a preset's name, a QuantConfig, a dict or a path to a .yaml or .json file, "
+        f"not {type(config).__name__}"
+    )
+
+
+def _from_file(path: Path) -> QuantConfig:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    text = path.read_text()
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold a mapping, not {type(data).__name__}")
+    return _from_dict(data, str(path))
+
+
+def _from_dict(data: dict[str, Any], where: str) -> QuantConfig:
+    try:
+        return QuantConfig(**data)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            place = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                known = Rule.model_fields if problem["loc"][0] == "rules" else QuantConfig.model_fields
+                problems.append(f"unknown option {place!r}.{did_you_mean(str(problem['loc'][-1]), known)}")
+            else:
+                problems.append(f"{place + ': ' if place else ''}{problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None

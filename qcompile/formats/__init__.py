@@ -1,0 +1,1 @@
+"""One file per checkpoint format. Each holds ``FORMAT``."""

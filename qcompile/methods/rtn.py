@@ -1,0 +1,36 @@
+"""Round to nearest: no calibration data, the scales come from the weights alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..numerics import quantize_weight
+from ..types import PackedWeight, Scheme
+
+OBSERVERS = ("minmax", "mse")
+
+
+class RoundToNearest:
+    """``observer="mse"`` searches, per group, the shrunk range with the least squared error (slower, a little better).
+
+    The scale rules are those of ``numerics.quantize_weight``.
+    """
+
+    name = "rtn"
+    options = {"observer": OBSERVERS}
+
+    def check(self, options: dict[str, object]) -> None:
+        """Raise ConfigError for an option that does not exist or has a wrong value."""
+        for key, value in options.items():
+            if key not in self.options:
+                raise ConfigError(f"method 'rtn' has no option {key!r}. Known: {', '.join(self.options)}.")
+            if value not in self.options[key]:
+                raise ConfigError(f"option {key!r} of method 'rtn' must be one of {self.options[key]}, not {value!r}")
+
+    def quantize(self, weight: Tensor, scheme: Scheme, options: dict[str, object]) -> PackedWeight:
+        """Quantize a float weight [out, in]."""
+        return quantize_weight(weight, scheme, observer=str(options.get("observer", "minmax")))
+
+
+METHOD = RoundToNearest()

@@ -1,0 +1,55 @@
+"""What ``print(model)`` shows at the name of a quantized Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .types import PackedWeight
+
+
+class QuantLinear(nn.Module):
+    """A Linear with a quantized weight, in the layout of one kernel.
+
+    Buffers ``weight_0``, ``weight_1`` ... hold the kernel's tensors; ``packed()`` gives the canonical form back.
+    ``forward`` takes x [..., in_features] and returns [..., out_features] in x's dtype.
+    """
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None, kernel: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.scheme, self.kernel, self.dtype = packed.scheme, kernel, dtype
+        tensors = ops.find_kernel(kernel).prepare(packed)
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"weight_{i}", tensor)
+        self._tensor_count = len(tensors)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def tensors(self) -> list[Tensor]:
+        """The kernel's tensors."""
+        return [getattr(self, f"weight_{i}") for i in range(self._tensor_count)]
+
+    def packed(self) -> PackedWeight:
+        """The canonical weight."""
+        return ops.find_kernel(self.kernel).restore(self.tensors(), self.scheme, (self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scheme = str(self.scheme)
+        if self.scheme.activation is None:
+            return torch.ops.qcompile.linear(x, self.tensors(), self.bias, scheme, self.kernel, self.out_features)
+        codes, scale = torch.ops.qcompile.quantize(x)
+        return torch.ops.qcompile.scaled_linear(
+            codes, scale, self.tensors(), self.bias, scheme, self.kernel, self.out_features, x.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}, kernel={self.kernel}"
+        )
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
+    """All QuantLinear modules of ``model`` by name; a module that is reached by two names appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
