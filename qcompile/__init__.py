@@ -58,7 +58,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    # a submodule of the same name ("plan", "report", "export") would otherwise shadow the function once imported
+    # modules are named otherwise (planning, reporting): importing a submodule would replace the function
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """What the user asks for: ordered rules from site names to schemes, with presets by name.
 
     QuantConfig(scheme="w4a16_g128")
-    QuantConfig(scheme="w4a16_g128", rules=[{"match": "*.down_proj", "scheme": "w8a16"}, {"match": "lm_head", "scheme": "w8a16"}])
+    QuantConfig(scheme="w4a16_g128", rules=[{"match": "*.down_proj", "scheme": "w8a16"}])
 
 The same as a dict, a YAML or JSON file, or a preset's name.
 """

@@ -52,9 +52,7 @@ class ActivationType:
             raise ConfigError("static activation scales are not supported yet; use dynamic ones, for example 'w8a8'")
 
 
-_SCHEME = re.compile(
-    r"w(?P<w>\d+)a(?P<a>\d+)(?P<channel>_channel)?(_g(?P<g>-?\d+))?(?P<asym>_asym)?(?P<static>_static)?"
-)
+_SCHEME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(_g(?P<g>-?\d+))?(?P<asym>_asym)?(?P<static>_static)?")
 _SCHEME_GRAMMAR = "w<bits>a<bits>[_g<group size>][_asym], for example w4a16_g128, w4a16_g32_asym, w8a16, w8a8"
 
 
@@ -228,12 +226,12 @@ class Plan:
 
     def override(self, pattern: str, scheme: str | None, *, method: str = "rtn", **options: object) -> Plan:
         """Return a plan in which the sites that match ``pattern`` have another scheme (None or "float": float)."""
-        from .plan import override
+        from .planning import override
 
         return override(self, pattern, scheme, method, options)
 
     def __str__(self) -> str:
-        from .report import plan_text
+        from .reporting import plan_text
 
         return plan_text(self)
 
@@ -294,19 +292,19 @@ class Report:
         return dataclasses.replace(self, graphs=graphs)
 
     def __str__(self) -> str:
-        from .report import report_text
+        from .reporting import report_text
 
         return report_text(self)
 
     def to_dict(self) -> dict:
         """The same facts as plain data, for ``json.dumps``."""
-        from .report import report_dict
+        from .reporting import report_dict
 
         return report_dict(self)
 
     def to_html(self) -> str:
         """The same facts as one self-contained HTML page."""
-        from .report import report_html
+        from .reporting import report_html
 
         return report_html(self)
 

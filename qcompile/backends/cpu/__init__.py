@@ -24,8 +24,8 @@ class CPU:
         for kernel in self.kernels:
             if kernel.name == name:
                 return kernel
-        raise UnsupportedError(
-            f"the cpu backend has no kernel {name!r}.{did_you_mean(name, (k.name for k in self.kernels))}"
+        known = did_you_mean(name, (kernel.name for kernel in self.kernels))
+        raise UnsupportedError(f"the cpu backend has no kernel {name!r}.{known}") backend has no kernel {name!r}.{did_you_mean(name, (k.name for k in self.kernels))}"
         )
 
 
