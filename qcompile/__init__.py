@@ -14,30 +14,6 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "quantize": "api",
-    "plan": "api",
-    "report": "api",
-    "dequantize": "api",
-    "export": "api",
-    "save": "checkpoint",
-    "load": "checkpoint",
-    "inspect": "checkpoint",
-    "QuantConfig": "config",
-    "Plan": "types",
-    "Report": "types",
-    "Scheme": "types",
-    "QcompileError": "errors",
-    "ConfigError": "errors",
-    "TraceError": "errors",
-    "FormatError": "errors",
-    "CalibrationError": "errors",
-    "UnsupportedError": "errors",
-    "PassError": "errors",
-}
-
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
-
 if TYPE_CHECKING:
     from .api import dequantize, export, plan, quantize, report
     from .checkpoint import inspect, load, save
@@ -53,11 +29,50 @@ if TYPE_CHECKING:
     )
     from .types import Plan, Report, Scheme
 
+_HOME = {
+    "api": ("quantize", "plan", "report", "dequantize", "export"),
+    "checkpoint": ("save", "load", "inspect"),
+    "config": ("QuantConfig",),
+    "types": ("Plan", "Report", "Scheme"),
+    "errors": (
+        "QcompileError",
+        "ConfigError",
+        "TraceError",
+        "FormatError",
+        "CalibrationError",
+        "UnsupportedError",
+        "PassError",
+    ),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "CalibrationError",
+    "ConfigError",
+    "FormatError",
+    "PassError",
+    "Plan",
+    "QcompileError",
+    "QuantConfig",
+    "Report",
+    "Scheme",
+    "TraceError",
+    "UnsupportedError",
+    "dequantize",
+    "export",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+    "report",
+    "save",
+]
+
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
     # modules are named otherwise (planning, reporting): importing a submodule would replace the function
     globals()[name] = value
     return value

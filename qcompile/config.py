@@ -84,11 +84,9 @@ class QuantConfig(_Strict):
 
     @model_validator(mode="after")
     def _known_methods(self) -> QuantConfig:
-        for method, options in [
-            (self.method, self.options),
-            *((r.method or self.method, r.options) for r in self.rules),
-        ]:
-            plugins.find("methods", method).check(options)
+        plugins.find("methods", self.method).check(self.options)
+        for rule in self.rules:
+            plugins.find("methods", rule.method or self.method).check(rule.options)
         return self
 
     def rule_for(self, site: Site) -> Rule | None:

@@ -54,7 +54,7 @@ class Kernel:
         out: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """``(codes * scale) @ W.T + bias`` for int8 codes [..., in]; integer products are exact (float64 holds them)."""
+        """``(codes * scale) @ W.T + bias`` for int8 codes [..., in]; sums are exact in float64."""
         signed = numerics.signed_codes(weight[0])
         total = F.linear(codes.double(), signed.double()).float()
         return finish_scaled(total, scale, weight[1].flatten(), bias, dtype)

@@ -1,1 +1,70 @@
-"""One file per checkpoint format. Each holds ``FORMAT``."""
+"""One file per checkpoint format. Each holds ``FORMAT``, and is the only place that knows that format's disk layout.
+
+A format reads its tensors into the one canonical ``PackedWeight`` and writes them back. It sees names, headers and
+tensors, never files: ``qcompile.checkpoint`` opens, streams, checks and renames those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..types import PackedWeight, Scheme
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Name, safetensors dtype ("BF16", "I32" ...), shape and file of one stored tensor; its data is not read."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """One quantized module as it lies on disk.
+
+    ``tensors`` names every stored tensor that ``Format.read`` consumes, the bias excluded. ``layout`` holds what else
+    the format must remember to read them.
+    """
+
+    name: str
+    scheme: Scheme
+    shape: tuple[int, int]  # (out_features, in_features)
+    tensors: tuple[str, ...]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Format(Protocol):
+    """How one format is recognised, read, written and described."""
+
+    name: str
+
+    def detect(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> bool:
+        """Whether a checkpoint with this config.json and these tensors is in this format."""
+        ...
+
+    def sites(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> tuple[StoredSite, ...]:
+        """Every quantized module, from config and headers alone; FormatError names the tensor that contradicts."""
+        ...
+
+    def read(self, site: StoredSite, get: Callable[[str], Tensor]) -> PackedWeight:
+        """The canonical weight of ``site``; ``get`` loads a tensor by its stored name."""
+        ...
+
+    def refuses(self, scheme: Scheme, packed: PackedWeight | None = None) -> str:
+        """Why this format cannot express a scheme (or this weight); "" when it can."""
+        ...
+
+    def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
+        """The tensors that store ``packed`` for the module ``name``, by full name."""
+        ...
+
+    def quantization_config(self, schemes: Mapping[str, Scheme], float_modules: tuple[str, ...]) -> dict[str, Any]:
+        """What goes into config.json under "quantization_config". ``float_modules``: Linears that were left float."""
+        ...

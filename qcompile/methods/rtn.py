@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..numerics import quantize_weight
 from ..types import PackedWeight, Scheme
-
-OBSERVERS = ("minmax", "mse")
 
 
 class RoundToNearest:
@@ -18,7 +18,7 @@ class RoundToNearest:
     """
 
     name = "rtn"
-    options = {"observer": OBSERVERS}
+    options: ClassVar[dict[str, tuple[str, ...]]] = {"observer": ("minmax", "mse")}
 
     def check(self, options: dict[str, object]) -> None:
         """Raise ConfigError for an option that does not exist or has a wrong value."""

@@ -25,8 +25,7 @@ class CPU:
             if kernel.name == name:
                 return kernel
         known = did_you_mean(name, (kernel.name for kernel in self.kernels))
-        raise UnsupportedError(f"the cpu backend has no kernel {name!r}.{known}") backend has no kernel {name!r}.{did_you_mean(name, (k.name for k in self.kernels))}"
-        )
+        raise UnsupportedError(f"the cpu backend has no kernel {name!r}.{known}")
 
 
 BACKEND = CPU()
