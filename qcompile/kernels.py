@@ -55,9 +55,11 @@ class Kernel:
         dtype: torch.dtype,
     ) -> Tensor:
         """``(codes * scale) @ W.T + bias`` for int8 codes [..., in]; sums are exact in float64."""
-        signed = numerics.signed_codes(weight[0])
-        total = F.linear(codes.double(), signed.double()).float()
-        return finish_scaled(total, scale, weight[1].flatten(), bias, dtype)
+        packed, channel_scale, _, permutation = _named(weight, scheme)
+        if permutation is not None:
+            codes = codes.index_select(-1, permutation)
+        total = F.linear(codes.double(), numerics.signed_codes(packed).double()).float()
+        return finish_scaled(total, scale, channel_scale.flatten(), bias, dtype)
 
     @staticmethod
     def _dequantize(tensors: Sequence[Tensor], scheme: Scheme, in_features: int) -> Tensor:

@@ -75,22 +75,22 @@ def _encode(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     return torch.round(groups / safe[..., None]).add_(zeros[..., None]).clamp_(0, 2**bits - 1)
 
 
-def _minmax_scales(groups: Tensor, weight_type: WeightType) -> tuple[Tensor, Tensor]:
-    """Scales and zero points of each group, float32 [out, G].
+def _minmax_scales(groups: Tensor, weight_type: WeightType, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales, representable in ``dtype``, and zero points of each group, float32 [out, G].
 
     Symmetric: the element of largest magnitude maps to code 0, so the sign of the scale is its opposite (the rule of
     AutoRound; a quarter less squared error on Gaussian groups than max / 7.5, at the same cost). Asymmetric: the range
-    includes zero, and the zero point is rounded to an integer.
+    includes zero, and the zero point is rounded to an integer under the scale as it is stored.
     """
     bits, half = weight_type.bits, 2 ** (weight_type.bits - 1)
     if weight_type.symmetric:
         high, low = groups.amax(-1), groups.amin(-1)
         extreme = torch.where(high > -low, high, low)
         scales = torch.where(extreme == 0, torch.ones_like(extreme), extreme / -half)
-        return scales, torch.full_like(scales, half)
+        return _representable(scales, dtype), torch.full_like(scales, half)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = (high - low) / (2**bits - 1)
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    scales = _representable(torch.where(scales == 0, torch.ones_like(scales), scales), dtype)
     return scales, torch.round(-low / scales).clamp_(0, 2**bits - 1)
 
 
@@ -113,9 +113,14 @@ def _search_scales(
 
 
 def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 scales to what ``dtype`` stores, without underflow to zero or overflow to infinity."""
+    """Round float32 scales to what ``dtype`` stores, without underflow to zero or overflow to infinity.
+
+    Subnormal numbers count in float16, where int8 weights below 0.008 need them; in the other types they are out of
+    reach of any weight, and hardware may flush them to zero.
+    """
     info = torch.finfo(dtype)
-    magnitude = scales.abs().clamp(min=info.smallest_normal, max=info.max).to(dtype).float()
+    smallest = 2.0**-24 if dtype == torch.float16 else info.smallest_normal
+    magnitude = scales.abs().clamp(min=smallest, max=info.max).to(dtype).float()
     return torch.copysign(magnitude, scales)
 
 
@@ -133,8 +138,7 @@ def quantize_weight(
     codes, scales, zeros = [], [], []
     for rows in _row_chunks(weight):
         groups = _groups(rows, weight_type.group_size)
-        s, z = _minmax_scales(groups, weight_type)
-        s = _representable(s, scale_dtype)
+        s, z = _minmax_scales(groups, weight_type, scale_dtype)
         if observer == "mse":
             s, z = _search_scales(groups, s, z, weight_type, scale_dtype)
         q = _encode(groups, s, z, weight_type.bits).to(torch.uint8).flatten(1)[:, :inn]

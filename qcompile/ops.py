@@ -43,7 +43,7 @@ def _(x, weight, bias, scheme, kernel, out_features):
 @torch.library.custom_op("qcompile::quantize", mutates_args=())
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize activations per token: x [..., n] -> int8 codes [..., n], float32 scale [..., 1]."""
-    return numerics.quantize_per_token(x)
+    return numerics.quantize_per_token(x.contiguous())
 
 
 @quantize.register_fake

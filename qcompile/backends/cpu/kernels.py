@@ -85,7 +85,7 @@ class Int4Pack(Kernel):
         result = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows.contiguous(), packed, scheme.weight.group_size or 128, scales_and_shifts
         )
-        result = result[:, :out].reshape(*x.shape[:-1], out)
+        result = result[:, :out].contiguous().view(*x.shape[:-1], out)
         return result if bias is None else result + bias
 
 
@@ -167,7 +167,9 @@ class Int8Dynamic(Int8Pack):
         out: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        signed, channel_scale = weight
+        signed, channel_scale, *permutation = weight
+        if permutation:
+            codes = codes.index_select(-1, permutation[0])
         rows = codes.reshape(-1, codes.shape[-1])
         total = torch._int_mm(rows, signed.t()).reshape(*codes.shape[:-1], out)
         return finish_scaled(total, scale, channel_scale, bias, dtype)
