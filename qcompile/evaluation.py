@@ -1,0 +1,113 @@
+"""How good and how fast a language model is: perplexity, divergence from a reference, tokens per second."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+_LOGITS_AT_ONCE = 2**24  # 64 MB in float32: many windows of a small vocabulary at once, one of a large vocabulary
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, sequence: int = 256) -> float:
+    """Perplexity of ``model`` on token ``ids``: non-overlapping windows, the last partial one dropped.
+
+    The first token of every window is context only. Log-probabilities are computed in float32.
+    """
+    total, count = 0.0, 0
+    windows = _windows(ids, sequence)
+    batch = 1
+    while len(windows):
+        chosen, windows = windows[:batch], windows[batch:]
+        logits = _logits(model, chosen)
+        losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), chosen[:, 1:].to(logits.device))
+        total, count = total + losses.item() * len(chosen), count + len(chosen)
+        batch = _batch_size(logits)
+    mean = total / count
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, reference: nn.Module, ids: Tensor, sequence: int = 256) -> float:
+    """Mean Kullback-Leibler divergence KL(reference ‖ model) per token, in nats; 0.0 for equal predictions.
+
+    More sensitive than a difference of perplexities: gains on some tokens do not cancel losses on others.
+    """
+    total, count = 0.0, 0
+    windows = _windows(ids, sequence)
+    batch = 1
+    while len(windows):
+        chosen, windows = windows[:batch], windows[batch:]
+        expected = _logits(reference, chosen).float().log_softmax(-1)
+        logits = _logits(model, chosen)
+        if logits.shape != expected.shape:
+            raise ConfigError(
+                f"the reference predicts {expected.shape[-1]} tokens and the model {logits.shape[-1]}; "
+                "a divergence needs two models with one vocabulary"
+            )
+        actual = logits.float().log_softmax(-1).to(expected.device)
+        total += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+        count += chosen.numel()
+        batch = _batch_size(logits)
+    return total / count
+
+
+class _Clock:
+    """A streamer for ``generate`` that notes when each token came (the prompt arrives first)."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def tokens_per_second(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> float:
+    """Speed of greedy decoding by ``model.generate``, without the prompt: one over the median time of a token.
+
+    Runs once before, so that compilation is not counted; the median forgives a neighbour's burst of load.
+    """
+    if new_tokens < 2:
+        raise ConfigError(f"new_tokens must be at least 2 to measure the time between tokens, not {new_tokens}")
+    prompt = prompt_ids.reshape(1, -1)
+    clock = _Clock()
+    for streamer in (None, clock):
+        model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=streamer,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )
+    times = clock.times[1:]
+    return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def _windows(ids: Tensor, sequence: int) -> Tensor:
+    if sequence < 2:
+        raise ConfigError(f"sequence must be at least 2 tokens, not {sequence}")
+    flat = ids.reshape(-1).long()
+    if len(flat) < sequence:
+        raise ConfigError(f"{len(flat)} tokens are less than one window of {sequence}; give a longer text")
+    return flat[: len(flat) // sequence * sequence].view(-1, sequence)
+
+
+def _logits(model: nn.Module, windows: Tensor) -> Tensor:
+    device = next((p.device for p in model.parameters()), windows.device)
+    output = model(windows.to(device))
+    return getattr(output, "logits", output)
+
+
+def _batch_size(logits: Tensor) -> int:
+    return max(1, _LOGITS_AT_ONCE // logits[0].numel())

@@ -1,0 +1,203 @@
+"""Reports stay readable for 94 layers, keep every fact for scripts, and render as one offline page."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from qcompile import reporting
+from qcompile.types import GraphRecord, PassRecord, Plan, PlannedSite, Report, Scheme, Site, SiteResult
+from qcompile.webpage import html_page
+
+SITES = {"self_attn.q_proj": (64, 32), "self_attn.k_proj": (32, 32), "mlp.down_proj": (32, 96)}
+
+
+def planned(name: str, scheme: str | None = "w4a16_g128", shape: tuple[int, int] = (64, 32), **more) -> PlannedSite:
+    site = Site(name, "linear", *shape, torch.bfloat16)
+    if scheme is None:
+        return PlannedSite(site, None, **{"reason": "a rule says float", "bytes_after": site.float_bytes, **more})
+    return PlannedSite(site, Scheme.parse(scheme), "", "rtn", kernel="int4pack", bytes_after=site.float_bytes // 4)
+
+
+def model_report(layers: int) -> Report:
+    sites = [planned(f"model.layers.{i}.{s}", shape=shape) for i in range(layers) for s, shape in SITES.items()]
+    sites.append(planned("lm_head", None, (512, 32)))
+    plan = Plan("cpu", tuple(sites), other_bytes=1000, notes=("a note",))
+    results = tuple(
+        SiteResult(p, p.bytes_after, None if p.scheme is None else 20.0 + (i // 3 % 3) / 10) for i, p in enumerate(sites)
+    )
+    near_misses = (("linear_3", "the bias is not a constant"), ("linear_4", "the bias is not a constant"))
+    passes = (PassRecord("lower", "exact", 3, 10, 40, near_misses),)
+    graph = GraphRecord("input_ids [1, s0]", 42, passes, regions=layers, compiled_regions=1, seconds=8.25)
+    return Report("TestForCausalLM", plan, results, 1.5, (PassRecord("quantize_linear", "lossy", 3, 5, 5),), (graph,))
+
+
+class TestMergeNames:
+    @pytest.mark.parametrize(
+        ("names", "labels"),
+        [
+            (["a", "b"], ["a", "b"]),
+            (["layers.0.q", "layers.1.q", "layers.2.q"], ["layers.{0..2}.q"]),
+            (["layers.0.q", "layers.1.q", "layers.5.q"], ["layers.{0,1,5}.q"]),
+            (["0", "2"], ["{0,2}"]),
+            (["fc1", "fc2"], ["fc1", "fc2"]),
+            ([f"l.{i}.e.{j}.up" for i in range(3) for j in range(4)], ["l.{0..2}.e.{0..3}.up"]),
+            (["l.0.e.0.up", "l.0.e.1.up", "l.1.e.0.up"], ["l.0.e.{0,1}.up", "l.1.e.0.up"]),
+        ],
+    )
+    def test_labels(self, names, labels):
+        merged = reporting.merge_names(names)
+        assert [label for label, _ in merged] == labels
+        assert sorted(i for _, indices in merged for i in indices) == list(range(len(names)))
+
+    def test_many_runs_are_cut(self):
+        assert reporting.merge_names([f"l.{i}" for i in range(0, 94, 2)])[0][0] == "l.{0,2,4,6,8,…,92}"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (3_145_728, "3.1 MB"), (2.5e12, "2500.0 GB")]
+)
+def test_size(count, text):
+    assert reporting.size(count) == text
+
+
+class TestText:
+    def test_94_layers_fit_on_a_screen(self):
+        text = reporting.report_text(model_report(94))
+        assert len(text.splitlines()) < 30
+        assert re.search(
+            r"model\.layers\.\{0\.\.93\}\.self_attn\.q_proj +94  \[64, 32\]  w4a16_g128  rtn +int4pack +"
+            r"385\.0 kB  → +96\.3 kB +20\.0\.\.20\.2 dB",
+            text,
+        )
+        assert "282 of 283 sites quantized" in text
+        assert "a rule says float" in text
+
+    def test_passes_and_graphs(self):
+        text = reporting.report_text(model_report(2))
+        assert "quantize_linear: 3 matches, 5 → 5 nodes, lossy" in text
+        assert "input_ids [1, s0]: 42 nodes, 2 regions (1 compiled, 1 reused), 8.2 s" in text
+        assert "not matched 2×: the bias is not a constant (at linear_3)" in text
+        assert "a note" in text
+
+    def test_columns_align(self):
+        lines = reporting.report_text(model_report(3)).splitlines()
+        start = lines.index(next(line for line in lines if line.startswith("quantized ")))
+        assert len({line.index("[") for line in lines[start + 1 : start + 4]}) == 1
+        assert lines[start].index("shape") == lines[start + 1].index("[")
+
+    def test_plan_has_no_error_column(self):
+        text = reporting.plan_text(model_report(2).plan)
+        assert "plan for cpu" in text
+        assert "dB" not in text
+        assert "error" not in text
+
+    def test_plain_module_and_nothing_quantized(self):
+        plan = Plan("cpu", (planned("0", None), planned("2", None)))
+        assert "{0,2}" in reporting.plan_text(plan)
+        assert "0 of 2 sites quantized" in reporting.plan_text(plan)
+        assert reporting.plan_text(Plan("cpu", ())).endswith("0 of 0 sites quantized, 0 B → 0 B")
+
+    def test_obstacle_is_the_reason(self):
+        site = dataclasses.replace(planned("fc").site, obstacle="its weight is computed")
+        plan = Plan("cpu", (PlannedSite(site, None, "cannot be rewritten"),))
+        assert "its weight is computed" in reporting.plan_text(plan)
+
+
+class TestDict:
+    def test_every_site_and_strict_json(self):
+        report = model_report(94)
+        exact = dataclasses.replace(report.sites[0], sqnr=math.inf)
+        facts = reporting.report_dict(dataclasses.replace(report, sites=(exact, *report.sites[1:])))
+        facts = json.loads(json.dumps(facts, allow_nan=False))
+        assert len(facts["sites"]) == 283
+        assert (facts["sites"][0]["sqnr_db"], facts["sites"][0]["exact"]) == (None, True)
+        assert (facts["sites"][-1]["sqnr_db"], facts["sites"][-1]["exact"]) == (None, False)
+        assert facts["sites"][1]["shape"] == [32, 32]
+        assert facts["bytes_after"] == 1000 + sum(site["bytes_after"] for site in facts["sites"])
+        assert facts["graphs"][0]["passes"][0]["rejected"][0]["node"] == "linear_3"
+
+    def test_plan(self):
+        facts = reporting.plan_dict(model_report(2).plan)
+        assert (facts["sites_quantized"], facts["sites_total"], facts["notes"]) == (6, 7, ["a note"])
+
+
+class _Checker(html.parser.HTMLParser):
+    """Collects tags and checks that they are closed in order."""
+
+    void = frozenset({"meta", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(text: str) -> list[tuple[str, dict]]:
+    checker = _Checker()
+    checker.feed(text)
+    assert checker.open == []
+    return checker.tags
+
+
+class TestHtml:
+    def test_offline_and_well_formed(self):
+        text = reporting.report_html(model_report(94))
+        tags = checked(text)
+        assert text.startswith("<!doctype html>")
+        assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe"}
+        assert not re.search(r"https?://|@import|url\(", text)
+        assert "prefers-color-scheme: dark" in text
+        assert len(text) < 200_000
+
+    def test_coverage_map_has_text_alternatives(self):
+        labels = [
+            a["aria-label"] for _, a in checked(reporting.report_html(model_report(28))) if a.get("role") == "img"
+        ]
+        assert labels == [
+            "model.layers.#.self_attn.q_proj: layers 0..27: w4a16_g128",
+            "model.layers.#.self_attn.k_proj: layers 0..27: w4a16_g128",
+            "model.layers.#.mlp.down_proj: layers 0..27: w4a16_g128",
+            "lm_head: float",
+        ]
+
+    def test_experts_share_a_cell(self):
+        sites = [planned(f"l.{i}.e.{j}.up", "w8a16" if j else None) for i in range(2) for j in range(3)]
+        report = Report("M", Plan("cpu", tuple(sites)), tuple(SiteResult(p, p.bytes_after) for p in sites))
+        text = reporting.report_html(report)
+        assert 'aria-label="l.#.e.*.up: layers 0,1: float and w8a16"' in text
+        assert text.count('class="mixed"') == 3  # two cells and the legend
+
+    def test_names_are_escaped(self):
+        report = dataclasses.replace(model_report(1), model="<script>alert(1)</script>")
+        assert "<script>" not in reporting.report_html(report)
+
+    def test_headers_have_scope(self):
+        assert all(
+            a.get("scope") in ("col", "row")
+            for tag, a in checked(reporting.report_html(model_report(2)))
+            if tag == "th"
+        )
+
+    def test_fragment_for_notebooks(self):
+        text = reporting.report_html(model_report(2), page=False)
+        assert not {tag for tag, _ in checked(text)} & {"html", "body", "head", "meta"}
+
+    def test_comparison_and_several_reports(self):
+        rows = [{"scheme": "float", "MB": "10.4"}, {"scheme": "w8a8", "MB": "6.0"}]
+        text = html_page("demo", [model_report(2), model_report(2)], rows, lead="two lines")
+        assert [a["href"] for tag, a in checked(text) if tag == "a"] == ["#report-1", "#report-2"]
+        assert "10.4" in text
+        assert "two lines" in text
