@@ -1,0 +1,35 @@
+"""What every test gets: one thread per worker, the same seed, and hypothesis without a clock."""
+
+import os
+import random
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "qcompile",
+    deadline=None,
+    max_examples=50,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("qcompile")
+
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state, alone or in any order."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """For tests that compile: no graph, guard or recompile count of another test is seen."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
