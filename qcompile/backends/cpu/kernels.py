@@ -31,7 +31,8 @@ class Int4Pack(Kernel):
 
     Tensors: packed uint8 [out', in' / 2] and scales with shifted zeros [in' / group, out', 2] in the activations'
     dtype, where out' and in' are padded with zero weights (exact). The kernel computes ``(q - 8) * s + t`` with
-    ``t = (8 - z) * s`` rounded to that dtype. A weight per output channel is stored in groups of 128.
+    ``t = (8 - z) * s`` rounded to that dtype. A weight per output channel is stored in groups of 128. Of a group with
+    scale 0, whose weights are 0 whatever its zero point is, ``restore`` returns the zero point 8.
     """
 
     name = "int4pack"
