@@ -143,14 +143,14 @@ def rows(results: Sequence[SiteResult]) -> list[Row]:
     alike: dict[tuple, list[SiteResult]] = defaultdict(list)
     for result in results:
         planned, site = result.planned, result.planned.site
-        reason = site.obstacle or planned.reason
+        reason = planned.reason or site.obstacle
         key = (
             NUMBER.sub("#", site.name),
             f"[{site.out_features}, {site.in_features}]",
             str(planned.scheme) if planned.scheme else "",
             " ".join([planned.method, *(f"{key}={value}" for key, value in planned.options)]),
             planned.kernel,
-            reason.replace(site.name, "this site"),
+            reason.replace(site.name, "this site") if "." in site.name else reason,
         )
         alike[key].append(result)
     found = []
@@ -189,21 +189,34 @@ def all_notes(report: Report) -> tuple[str, ...]:
 
 def _site_tables(results: Sequence[SiteResult]) -> list[str]:
     merged = rows(results)
+    quantized = [row for row in merged if row.scheme]
+    marks, notes = footnotes(quantized)
     lines = _table(
-        ["quantized", "sites", "shape", "scheme", "method", "kernel", "bytes", "", "", "error", "kernel's reason"],
+        ["quantized", "sites", "shape", "scheme", "method", "kernel", "bytes", "", "", "error", "why"],
         [
             [r.name, str(r.count), r.shape, r.scheme, r.method, r.kernel,
-             size(r.bytes_before), "→", size(r.bytes_after), r.sqnr, r.reason]
-            for r in merged if r.scheme
+             size(r.bytes_before), "→", size(r.bytes_after), r.sqnr, mark]
+            for r, mark in zip(quantized, marks, strict=True)
         ],
         right={1, 6, 8, 9},
     )  # fmt: skip
+    if notes:
+        lines += [*notes, ""]
     lines += _table(
         ["float", "sites", "shape", "bytes", "why"],
         [[r.name, str(r.count), r.shape, size(r.bytes_after), r.reason] for r in merged if not r.scheme],
         right={1, 3},
     )
     return lines
+
+
+def footnotes(quantized: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Reasons told once, below a table: a mark per row, and the notes. One reason for all rows needs no marks."""
+    reasons = list(dict.fromkeys(row.reason for row in quantized if row.reason))
+    if len(reasons) < 2:
+        return [""] * len(quantized), [f"why: {reason}" for reason in reasons]
+    marks = [f"[{reasons.index(row.reason) + 1}]" if row.reason else "" for row in quantized]
+    return marks, [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
 
 
 def _table(headers: list[str], body: list[list[str]], right: set[int]) -> list[str]:
@@ -291,7 +304,7 @@ def _site_dict(result: SiteResult) -> dict[str, Any]:
         "scheme": str(planned.scheme) if planned.scheme else None,
         "method": planned.method or None,
         "kernel": planned.kernel or None,
-        "reason": site.obstacle or planned.reason,
+        "reason": planned.reason or site.obstacle,
         "tied_to": site.tied_to or None,
         "bytes_before": site.float_bytes,
         "bytes_after": result.bytes_after,

@@ -11,6 +11,7 @@ from .reporting import (
     NUMBER,
     all_notes,
     bytes_after,
+    footnotes,
     graph_summary,
     largest_error,
     number_runs,
@@ -51,7 +52,9 @@ def _html_section(report: Report) -> dict[str, Any]:
     """What the template shows of one report."""
     plan = report.plan
     merged = rows(report.sites)
-    schemes = list(dict.fromkeys(row.scheme for row in merged if row.scheme))
+    quantized = [row for row in merged if row.scheme]
+    marks, notes = footnotes(quantized)
+    schemes = list(dict.fromkeys(row.scheme for row in quantized))
     coverage = _coverage(report.sites, schemes)
     passes = [("quantization", record) for record in report.passes]
     passes += [(graph.inputs, record) for graph in report.graphs for record in graph.passes]
@@ -65,7 +68,8 @@ def _html_section(report: Report) -> dict[str, Any]:
         "before": plan.bytes_before,
         "after": bytes_after(report),
         "worst": largest_error(report.sites),
-        "rows": [row for row in merged if row.scheme],
+        "rows": list(zip(quantized, marks, strict=True)),
+        "footnotes": notes,
         "float_rows": [row for row in merged if not row.scheme],
         "coverage": coverage,
         "mixed": any(cell["kind"] == "mixed" for strip in coverage for cell in strip["cells"]),

@@ -28,7 +28,8 @@ def model_report(layers: int) -> Report:
     sites.append(planned("lm_head", None, (512, 32)))
     plan = Plan("cpu", tuple(sites), other_bytes=1000, notes=("a note",))
     results = tuple(
-        SiteResult(p, p.bytes_after, None if p.scheme is None else 20.0 + (i // 3 % 3) / 10) for i, p in enumerate(sites)
+        SiteResult(p, p.bytes_after, None if p.scheme is None else 20.0 + (i // 3 % 3) / 10)
+        for i, p in enumerate(sites)
     )
     near_misses = (("linear_3", "the bias is not a constant"), ("linear_4", "the bias is not a constant"))
     passes = (PassRecord("lower", "exact", 3, 10, 40, near_misses),)
@@ -102,9 +103,21 @@ class TestText:
         assert "0 of 2 sites quantized" in reporting.plan_text(plan)
         assert reporting.plan_text(Plan("cpu", ())).endswith("0 of 0 sites quantized, 0 B → 0 B")
 
+    def test_kernel_reasons_are_told_once(self):
+        sites = [dataclasses.replace(planned(f"l.{i}.a"), reason="default; int4pack: too small") for i in range(3)]
+        text = reporting.plan_text(Plan("cpu", tuple(sites)))
+        assert text.count("too small") == 1
+        assert "why: default; int4pack: too small" in text
+        sites.append(dataclasses.replace(planned("l.0.b"), reason="rule 'b'"))
+        text = reporting.plan_text(Plan("cpu", tuple(sites)))
+        assert "[1] default; int4pack: too small" in text
+        assert "[2] rule 'b'" in text
+        report = Report("M", Plan("cpu", tuple(sites)), tuple(SiteResult(p, p.bytes_after) for p in sites))
+        assert "[2] rule &#39;b&#39;" in reporting.report_html(report)
+
     def test_obstacle_is_the_reason(self):
         site = dataclasses.replace(planned("fc").site, obstacle="its weight is computed")
-        plan = Plan("cpu", (PlannedSite(site, None, "cannot be rewritten"),))
+        plan = Plan("cpu", (PlannedSite(site, None, ""),))
         assert "its weight is computed" in reporting.plan_text(plan)
 
 

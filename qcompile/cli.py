@@ -1,0 +1,280 @@
+"""The command line: the Python API from a shell.
+
+Results go to stdout, errors and progress to stderr. Exit codes: 0 done, 1 an error that qcompile explains, 2 wrong
+usage, 130 interrupted. Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError, QcompileError
+
+if TYPE_CHECKING:
+    from .demo import Row
+
+app = typer.Typer(
+    name="qcompile",
+    help="Quantized models through the compiler, on any device.",
+    epilog="Start with: [bold]qcompile demo[/]. Then: [bold]qcompile quantize FLOAT_FOLDER NEW_FOLDER --config rtn[/]",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
+
+COMPANIONS = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "heldout.safetensors",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of ``qcompile``."""
+    try:
+        app()
+    except QcompileError as error:
+        _stderr().print("[bold red]error:[/]", _escaped(" ".join(str(error).split())), style="red")
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: [bold]qcompile demo --out report.html[/]")
+def demo(
+    out: Annotated[Path, typer.Option(help="HTML report to write (replaced if it exists).")] = Path(
+        "qcompile-report.html"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of another small language model with heldout.safetensors.")
+    ] = None,
+) -> None:
+    """Quantize the small language model that ships with the project, compile it, and compare.
+
+    Takes about two minutes on two cores and needs no network.
+    """
+    from . import demo as demo_
+
+    folder = demo_.find_model(model)
+    _writable(out)
+    total = sum(demo_.STEPS.values()) * (1 + len(demo_.SCHEMES))
+    with _progress() as bar:
+        task = bar.add_task("starting", total=total)
+        pending = 0.0
+
+        def step(scheme: str, what: str) -> None:
+            nonlocal pending
+            bar.update(task, advance=pending, description=f"{scheme}: {what}")
+            pending = demo_.STEPS[what]
+
+        rows = demo_.run(folder, step)
+        bar.update(task, completed=total, description="done")
+    _print_demo(rows, f"{folder.name} on {demo_.machine()}", demo_.PROMPT)
+    from .webpage import html_page
+
+    cells = [{**row.cells(), "continuation": row.sample} for row in rows]
+    reports = [row.report for row in rows if row.report]
+    _write(out, html_page("qcompile demo", reports, cells, lead=f"{folder.name} on {demo_.machine()}"))
+    print(f"report: {out.resolve()}")
+
+
+@app.command(epilog="Example: [bold]qcompile inspect examples/tiny_lm --device cpu --json[/]")
+def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False) -> None:
+    """Show what would happen to every site of a checkpoint, from its config and headers alone.
+
+    Reads no weights. Exits with 1 if this checkpoint cannot be used on the device.
+    """
+    import qcompile
+
+    from .reporting import plan_dict
+
+    plan = qcompile.inspect(path, device=device)
+    print(json.dumps(plan_dict(plan), indent=2) if as_json else plan)
+
+
+@app.command(epilog="Example: [bold]qcompile quantize examples/tiny_lm tiny_w4 --config rtn --report report.html[/]")
+def quantize(
+    path: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    config: Annotated[
+        str, typer.Option(help="A preset (rtn), a scheme (w8a8, w4a16_g64_asym) or a file.yaml.")
+    ] = "rtn",
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    report: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a float checkpoint and save the result with its tokenizer."""
+    from .config import as_config
+
+    settings = as_config(config)
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists; choose another folder or pass --overwrite to replace it")
+    if report:
+        _writable(report)
+
+    import qcompile
+
+    from . import models
+    from .reporting import report_dict, report_html
+
+    model = models.load_float(path, device)
+    qcompile.quantize(model, settings, device=device)
+    facts = qcompile.report(model)
+    qcompile.save(model, out, overwrite=overwrite)
+    for pattern in COMPANIONS:
+        for file in path.glob(pattern):
+            if not (out / file.name).exists():
+                shutil.copy2(file, out / file.name)
+    if report:
+        _write(report, report_html(facts))
+    if as_json:
+        print(json.dumps({"path": str(out), **report_dict(facts)}, indent=2))
+        return
+    print(facts)
+    print(f"\nsaved: {out.resolve()}")
+    if report:
+        print(f"report: {report.resolve()}")
+
+
+@app.command(epilog='Example: [bold]qcompile generate tiny_w4 --prompt "def main(" --max-new-tokens 40[/]')
+def generate(
+    path: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile first: takes seconds, pays for long texts.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Repeats the same random choices.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt with a quantized or float model, token by token as they come."""
+    import torch
+    from transformers import TextStreamer
+
+    from . import models
+
+    model, tokenizer = models.load_any(path, device), models.load_tokenizer(path)
+    if compile:
+        model = torch.compile(model, backend="qcompile")  # type: ignore[assignment]
+    inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+    if inputs.shape[1] == 0:
+        raise ConfigError("the prompt is empty; give at least one word")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.generate(  # type: ignore[operator]
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+
+
+@app.command(name="eval", epilog="Example: [bold]qcompile eval tiny_w4 --reference examples/tiny_lm --json[/]")
+def evaluate(
+    path: Checkpoint,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on (default: heldout.safetensors beside the model).")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Float checkpoint to compare with: adds the divergence of predictions.")
+    ] = None,
+    sequence: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure only the first tokens of the text.")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a quantized or float model, and how far it is from a reference."""
+    from . import evaluation, models
+
+    ids = models.text_ids(text, models.load_tokenizer(path)) if text else models.held_out_ids(path)
+    ids = ids[:max_tokens]
+    model = models.load_any(path, device)
+    facts: dict[str, Any] = {"tokens": len(ids) // sequence * sequence, "sequence": sequence}
+    with _stderr().status("measuring perplexity"):
+        facts["perplexity"] = evaluation.perplexity(model, ids, sequence)
+    if reference:
+        float_model = models.load_any(reference, device)
+        with _stderr().status("comparing with the reference"):
+            facts["reference_perplexity"] = evaluation.perplexity(float_model, ids, sequence)
+            facts["divergence"] = evaluation.divergence(model, float_model, ids, sequence)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"perplexity {facts['perplexity']:.3f} on {facts['tokens']} tokens in windows of {sequence}")
+    if reference:
+        print(f"reference  {facts['reference_perplexity']:.3f}")
+        print(f"divergence {facts['divergence']:.5f} nats per token, KL(reference ‖ model)")
+
+
+def _print_demo(rows: list[Row], title: str, prompt: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(rows[0].cells()):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row.cells().values())
+    console.print(table)
+    console.print(f"continuations of {prompt!r}:", markup=False, highlight=False)
+    for row in rows:
+        line = f"  {row.scheme:15} {row.sample!r}"
+        console.print(line, markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _progress() -> Any:
+    """A bar on a terminal; in a pipe nothing until the result."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:36}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = _stderr()
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _writable(file: Path) -> None:
+    """Say before the work, not after it, that a file cannot be written."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        what = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.absolute().parent}"
+        raise ConfigError(f"{file} {what}; name a file in an existing folder")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}; choose another file") from error

@@ -1,0 +1,109 @@
+"""The demo: one small language model, float and under every scheme, eager and compiled, in one table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import evaluation, models
+from .api import quantize, report
+from .errors import ConfigError
+from .reporting import size
+from .types import Report
+
+SCHEMES = ("w4a16_g128", "w4a16_g32_asym", "w8a16", "w8a8")
+PROMPT = "import os\nimport sys\n\ndef main("
+NEW_TOKENS = 48
+SAMPLE_TOKENS = 24
+
+
+STEPS = {"load and quantize": 1.0, "perplexity": 2.0, "generate eagerly": 2.0, "compile": 10.0, "generate": 1.0}
+"""What is done per scheme, and about how many seconds each takes: the weights of the progress bar."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one scheme; speeds are greedy decoding in tokens per second."""
+
+    scheme: str
+    nbytes: int
+    perplexity: float
+    eager: float
+    compiled: float
+    compile_seconds: float
+    sample: str
+    report: Report | None = None
+
+    def cells(self) -> dict[str, str]:
+        """Column title → text, for the terminal and the HTML page."""
+        return {
+            "scheme": self.scheme,
+            "size": size(self.nbytes),
+            "perplexity": f"{self.perplexity:.2f}",
+            "eager tok/s": f"{self.eager:.0f}",
+            "compiled tok/s": f"{self.compiled:.0f}",
+            "compile time": f"{self.compile_seconds:.0f} s",
+        }
+
+
+def find_model(path: Path | None) -> Path:
+    """The folder of the demo's model: ``path``, or ``examples/tiny_lm`` of the repository that qcompile runs from."""
+    shipped = Path(__file__).resolve().parent.parent / "examples" / "tiny_lm"
+    folder = path or shipped
+    if not (folder / "config.json").is_file():
+        hint = (
+            "give the folder of a checkpoint with config.json"
+            if path
+            else "it comes with the repository: install with 'pip install -e .' from a clone, or pass --model FOLDER"
+        )
+        raise ConfigError(f"no model in {folder}: {hint}")
+    return folder
+
+
+def run(folder: Path, step: Callable[[str, str], None]) -> list[Row]:
+    """Measure float and every scheme; ``step(scheme, what)`` is told before each of STEPS."""
+    ids = models.held_out_ids(folder)
+    tokenizer = models.load_tokenizer(folder)
+    return [_measure(scheme, folder, ids, tokenizer, partial(step, scheme)) for scheme in ("float", *SCHEMES)]
+
+
+def _measure(scheme: str, folder: Path, ids: Tensor, tokenizer: Any, step: Callable[[str], None]) -> Row:
+    torch.compiler.reset()  # every scheme is a new model of one class: without this, Dynamo's cache limit is reached
+    step("load and quantize")
+    model = models.load_float(folder)
+    if scheme != "float":
+        quantize(model, scheme, progress=False)
+    step("perplexity")
+    perplexity = evaluation.perplexity(model, ids)
+    step("generate eagerly")
+    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    eager = evaluation.tokens_per_second(model, prompt, NEW_TOKENS)
+    step("compile")
+    started = time.perf_counter()
+    # stock torch.compile(model) returns a wrapper whose generate() runs the original: compile the float one in place
+    compiled = torch.compile(model, backend="qcompile") if scheme != "float" else _compiled_in_place(model)
+    tokens = models.greedy(compiled, prompt, SAMPLE_TOKENS)
+    compile_seconds = time.perf_counter() - started
+    step("generate")
+    speed = evaluation.tokens_per_second(compiled, prompt, NEW_TOKENS)
+    sample = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+    facts = report(model) if scheme != "float" else None
+    return Row(scheme, models.nbytes(model), perplexity, eager, speed, compile_seconds, sample, facts)
+
+
+def _compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="inductor", dynamic=True)
+    return model
+
+
+def machine() -> str:
+    """One line about where the numbers come from."""
+    return f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
