@@ -12,7 +12,7 @@ import fnmatch
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -70,8 +70,8 @@ class Rule(_Strict):
 class QuantConfig(_Strict):
     """The default scheme and method, and rules before it (the first match wins).
 
-    ``lm_head`` and routers stay float unless a rule matches them. ``minimum_coverage`` is checked against the sites
-    that could be quantized; below it ``quantize`` raises before any work.
+    ``lm_head`` and routers stay float unless a rule matches them. ``minimum_coverage`` is checked against all
+    sites; below it ``quantize`` raises before any work.
     """
 
     scheme: str = "w4a16_g128"
@@ -79,8 +79,15 @@ class QuantConfig(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     minimum_coverage: float = Field(default=0.0, ge=0.0, le=1.0)
+    tracing: Literal["export", "module_walk"] = "export"
 
     _scheme = field_validator("scheme")(_valid_scheme)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
 
     @model_validator(mode="after")
     def _known_methods(self) -> QuantConfig:
@@ -133,15 +140,18 @@ def _from_file(path: Path) -> QuantConfig:
 def _from_dict(data: dict[str, Any], where: str) -> QuantConfig:
     try:
         return QuantConfig(**data)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            place = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                known = Rule.model_fields if problem["loc"][0] == "rules" else QuantConfig.model_fields
-                problems.append(f"unknown option {place!r}.{did_you_mean(str(problem['loc'][-1]), known)}")
-            else:
-                problems.append(f"{place + ': ' if place else ''}{problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Every problem that pydantic found, in our words."""
+    problems = []
+    for problem in error.errors():
+        place = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = Rule.model_fields if problem["loc"][0] == "rules" else QuantConfig.model_fields
+            problems.append(f"unknown option {place!r}.{did_you_mean(str(problem['loc'][-1]), known)}")
+        else:
+            problems.append(f"{place + ': ' if place else ''}{problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(problems)

@@ -1,0 +1,153 @@
+"""The nouns: scheme names, shapes of packed weights, plans as containers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile import numerics
+from qcompile.errors import ConfigError, FormatError, QcompileError
+from qcompile.types import ActivationType, PackedWeight, Plan, PlannedSite, Report, Scheme, Site, SiteResult, WeightType
+
+weight_types = st.builds(
+    WeightType, st.integers(2, 8), symmetric=st.booleans(), group_size=st.none() | st.integers(1, 4096)
+)
+
+
+@given(weight_types)
+def test_a_scheme_parses_as_it_prints(weight):
+    scheme = Scheme(weight)
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "symmetric", "activation"),
+    [
+        ("w4a16", 4, None, True, None),
+        ("w4a16_g128", 4, 128, True, None),
+        ("w3a16_g32_asym", 3, 32, False, None),
+        ("w8a16_asym", 8, None, False, None),
+        ("w8a8", 8, None, True, ActivationType(8)),
+    ],
+)
+def test_names_mean_what_they_say(name, bits, group, symmetric, activation):
+    scheme = Scheme.parse(name)
+    assert scheme == Scheme(WeightType(bits, symmetric, group), activation)
+    assert str(scheme) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "schemes are written w<bits>a<bits>"),
+        ("int4", "'int4' is not a scheme name"),
+        ("W4A16", "for example w4a16_g128"),
+        ("w4a16_g", "is not a scheme name"),
+        ("w4a16_asym_g128", "is not a scheme name"),
+        ("w4a16 ", "is not a scheme name"),
+        ("w1a16", "weight bits must be 2 to 8, not 1"),
+        ("w9a16", "weight bits must be 2 to 8, not 9"),
+        ("w16a16", "weight bits must be 2 to 8, not 16"),
+        ("w4a16_g0", "group size must be positive, not 0"),
+        ("w4a16_g-1", "leave it out for one group per output channel"),
+        ("w8a4", "activation bits must be 8 .*not 4"),
+        ("w8a32", "activation bits must be 8 .*not 32"),
+        ("w4a8", "'w8a8'.*not with 4-bit weights"),
+        ("w8a8_g128", "not with 8-bit weights, group size 128"),
+        ("w8a8_asym", "asymmetric"),
+        ("w8a8_static", "static activation scales are not supported yet"),
+        ("w4a16_static", "a16 leaves them float"),
+    ],
+)
+def test_a_wrong_scheme_is_explained(name, message):
+    with pytest.raises(ConfigError, match=message):
+        Scheme.parse(name)
+
+
+def test_every_error_is_of_one_tree():
+    with pytest.raises(QcompileError):
+        Scheme.parse("nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        Scheme.parse("nonsense")
+
+
+@pytest.mark.parametrize(("group", "groups"), [(None, 1), (32, 4), (100, 1), (99, 2), (1, 100)])
+def test_groups_count_a_short_last_one(group, groups):
+    assert WeightType(4, group_size=group).groups(100) == groups
+
+
+# --------------------------------------------------------------------------------------------------- packed weights
+
+
+def packed(name: str = "w4a16_g32_asym", out: int = 3, inn: int = 70) -> PackedWeight:
+    return numerics.quantize_weight(torch.randn(out, inn), Scheme.parse(name))
+
+
+def rebuilt(**changes: object) -> PackedWeight:
+    original = packed()
+    return PackedWeight(original.scheme, original.shape, **{**original.tensors(), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"codes": torch.zeros(3, 34, dtype=torch.uint8)},
+            r"codes .*must be uint8 \[3, 35\], not torch.uint8 \[3, 34\]",
+        ),
+        ({"codes": torch.zeros(3, 35, dtype=torch.int8)}, "codes .*must be uint8 .*not torch.int8"),
+        ({"scales": torch.zeros(3, 2)}, r"scales .*must be float \[3, 3\]"),
+        ({"scales": torch.zeros(3, 3, dtype=torch.int32)}, "scales .*must be float"),
+        ({"zeros": torch.zeros(3, dtype=torch.uint8)}, r"zeros .*must be uint8 \[3, 3\]"),
+        ({"zeros": torch.zeros(3, 3)}, "zeros .*must be uint8"),
+        ({"zeros": None}, "a w4a16_g32_asym weight needs zero points"),
+        ({"permutation": torch.arange(70)}, r"permutation .*must be int32 \[70\], not torch.int64"),
+        ({"permutation": torch.arange(3, dtype=torch.int32)}, r"must be int32 \[70\]"),
+    ],
+)
+def test_a_packed_weight_refuses_tensors_that_do_not_fit(changes, message):
+    with pytest.raises(FormatError, match=message):
+        rebuilt(**changes)
+
+
+def test_a_symmetric_weight_has_no_zero_points():
+    symmetric = packed("w4a16_g32")
+    with pytest.raises(FormatError, match="a w4a16_g32 weight has no zero points"):
+        PackedWeight(symmetric.scheme, symmetric.shape, symmetric.codes, symmetric.scales, packed().zeros)
+
+
+def test_a_packed_weight_counts_its_bytes_and_names_its_tensors():
+    weight = rebuilt(permutation=torch.arange(70, dtype=torch.int32))
+    assert list(weight.tensors()) == ["codes", "scales", "zeros", "permutation"]
+    assert weight.nbytes == 3 * 35 + 3 * 3 * 4 + 3 * 3 + 70 * 4
+    assert list(packed("w8a16").tensors()) == ["codes", "scales"]
+
+
+# ------------------------------------------------------------------------------------------------ plans and reports
+
+
+def planned(name: str, scheme: str | None = "w8a16", **site: object) -> PlannedSite:
+    place = Site(name, "linear", 16, 8, torch.bfloat16, **site)  # type: ignore[arg-type]
+    return PlannedSite(place, Scheme.parse(scheme) if scheme else None, "because", bytes_after=160 if scheme else 256)
+
+
+def test_a_plan_is_a_container_of_sites():
+    plan = Plan("cpu", (planned("a"), planned("b", None)), other_bytes=1000)
+    assert len(plan) == 2
+    assert [entry.site.name for entry in plan] == ["a", "b"]
+    assert plan["b"].quantized is False
+    assert plan.quantized == (plan["a"],)
+    assert (plan.bytes_before, plan.bytes_after) == (1000 + 256 + 256, 1000 + 160 + 256)
+    with pytest.raises(KeyError, match="missing"):
+        plan["missing"]
+
+
+def test_a_tied_weight_is_counted_once():
+    assert planned("lm_head", tied_to="embed").site.float_bytes == 0
+
+
+def test_coverage_is_the_share_of_planned_sites_that_were_quantized():
+    plan = Plan("cpu", (planned("a"), planned("b"), planned("c", None)))
+    done = (SiteResult(plan["a"], 160, 40.0), SiteResult(plan["b"], 256), SiteResult(plan["c"], 256))
+    assert Report("model", plan, done).coverage == 0.5
+    assert Report("model", Plan("cpu", ()), ()).coverage == 0.0
