@@ -89,7 +89,7 @@ def _measure(scheme: str, folder: Path, ids: Tensor, tokenizer: Any, step: Calla
     step("compile")
     started = time.perf_counter()
     # stock torch.compile(model) returns a wrapper whose generate() runs the original: compile the float one in place
-    compiled = torch.compile(model, backend="qcompile") if scheme != "float" else _compiled_in_place(model)
+    compiled: Any = torch.compile(model, backend="qcompile") if scheme != "float" else _compiled_in_place(model)
     tokens = models.greedy(compiled, prompt, SAMPLE_TOKENS)
     compile_seconds = time.perf_counter() - started
     step("generate")

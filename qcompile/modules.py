@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .types import PackedWeight
+from .types import PackedWeight, State
 
 
 class QuantLinear(nn.Module):
@@ -53,3 +53,8 @@ class QuantLinear(nn.Module):
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     """All QuantLinear modules of ``model`` by name; a module that is reached by two names appears once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What qcompile knows about ``model``; None for one that it did not make."""
+    return getattr(model, "_qcompile", None)

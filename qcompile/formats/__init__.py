@@ -6,13 +6,15 @@ tensors, never files: ``qcompile.checkpoint`` opens, streams, checks and renames
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..types import PackedWeight, Scheme
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class TensorHeader:
 class StoredSite:
     """One quantized module as it lies on disk.
 
-    ``tensors`` names every stored tensor that ``Format.read`` consumes, the bias excluded. ``layout`` holds what else
-    the format must remember to read them.
+    ``tensors`` are the full names of what ``Format.read`` consumes (or ``Format.write`` gave), the bias excluded.
+    ``layout`` holds what else the format must remember to read them.
     """
 
     name: str
     scheme: Scheme
-    shape: tuple[int, int]  # (out_features, in_features)
+    shape: Shape  # (out_features, in_features)
     tensors: tuple[str, ...]
     layout: Mapping[str, Any] = field(default_factory=dict)
 
@@ -49,8 +51,15 @@ class Format(Protocol):
         """Whether a checkpoint with this config.json and these tensors is in this format."""
         ...
 
-    def sites(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> tuple[StoredSite, ...]:
-        """Every quantized module, from config and headers alone; FormatError names the tensor that contradicts."""
+    def sites(
+        self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader], linears: Mapping[str, Shape]
+    ) -> tuple[StoredSite, ...]:
+        """Every quantized module, from config and headers alone.
+
+        linears: shape [out, in] of every Linear of the float model, by module name. It says what a target such as
+        "Linear" means, and the number of input features, which packed tensors only bound. FormatError names file and
+        tensor of a contradiction between config, headers and model; UnsupportedError names module and reason.
+        """
         ...
 
     def read(self, site: StoredSite, get: Callable[[str], Tensor]) -> PackedWeight:
@@ -65,6 +74,9 @@ class Format(Protocol):
         """The tensors that store ``packed`` for the module ``name``, by full name."""
         ...
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], float_modules: tuple[str, ...]) -> dict[str, Any]:
-        """What goes into config.json under "quantization_config". ``float_modules``: Linears that were left float."""
+    def quantization_config(self, sites: Sequence[StoredSite], float_modules: Sequence[str]) -> dict[str, Any]:
+        """What goes into config.json under "quantization_config", for the sites that were written.
+
+        float_modules: names of the Linears that were left float.
+        """
         ...

@@ -26,6 +26,12 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _pad_columns(x: Tensor, columns: int) -> Tensor:
+    """Append zeros to each row of x [..., n] up to ``columns``; without any, no operation at all."""
+    missing = columns - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
 class Int4Pack(Kernel):
     """Weight-only int4: ``aten::_weight_int4pack_mm_for_cpu``.
 
@@ -82,7 +88,7 @@ class Int4Pack(Kernel):
         if permutation:
             x = x.index_select(-1, permutation[0])
         inn = packed.shape[1] * 2
-        rows = F.pad(x, (0, inn - x.shape[-1])).reshape(-1, inn)
+        rows = _pad_columns(x, inn).reshape(-1, inn)
         result = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows.contiguous(), packed, scheme.weight.group_size or 128, scales_and_shifts
         )
@@ -144,7 +150,7 @@ class Int8Pack(Kernel):
         codes, scales, *permutation = weight
         if permutation:
             x = x.index_select(-1, permutation[0])
-        rows = F.pad(x, (0, codes.shape[1] - x.shape[-1])).reshape(-1, codes.shape[1]).contiguous()
+        rows = _pad_columns(x, codes.shape[1]).reshape(-1, codes.shape[1]).contiguous()
         result = torch.ops.aten._weight_int8pack_mm(rows, codes, scales).reshape(*x.shape[:-1], out)
         return result if bias is None else result + bias
 

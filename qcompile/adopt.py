@@ -1,0 +1,60 @@
+"""Make ``torch.compile(model, backend="qcompile")`` mean what it says for transformers models.
+
+Two things that torch.compile leaves to its user, done for modules that are compiled with this backend only:
+
+* ``compiled.generate`` is a method of the original model, so that stock torch runs it uncompiled, without a word.
+  Here the original model's calls run the compiled forward while ``generate`` is running.
+* Sequence length and batch size are dynamic from the first call on (unless ``dynamic=`` is given), and Python floats
+  such as eps are constants: otherwise each new prompt length would first be compiled as a constant.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def adopt_compiled_modules(backend: Callable) -> None:
+    """Let every OptimizedModule that is made with ``backend`` from now on behave as described above."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    initialize = OptimizedModule._initialize
+
+    @functools.wraps(initialize)
+    def _initialize(self: OptimizedModule) -> None:
+        initialize(self)
+        if _compiler(self.dynamo_ctx) is backend:
+            _dynamic_by_default(self.dynamo_ctx)
+            if callable(getattr(type(self._orig_mod), "generate", None)):
+                self.__dict__["generate"] = functools.partial(_generate_compiled, self)
+
+    OptimizedModule._initialize = _initialize  # type: ignore[method-assign]
+
+
+def _compiler(context: Any) -> Any:
+    """The backend function behind the wrappers that torch.compile puts around it."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    compiler = innermost_backend(context.callback) if callable(context.callback) else None
+    return getattr(compiler, "compiler_fn", compiler)
+
+
+def _dynamic_by_default(context: Any) -> None:
+    import torch._dynamo.config as config
+
+    settings: dict[str, Any] = {"specialize_float": True}
+    if context._dynamic is None:
+        settings["assume_static_by_default"] = False
+    context.enter_exit_hooks.append(config._make_closure_patcher(**settings))
+
+
+def _generate_compiled(compiled: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the original model, with its forward compiled; nested calls keep the outermost setting."""
+    model = compiled._orig_mod
+    before = model._compiled_call_impl
+    model._compiled_call_impl = before or compiled.dynamo_ctx(model._call_impl)
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        model._compiled_call_impl = before

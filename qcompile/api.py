@@ -1,0 +1,269 @@
+"""The story in one file: what happens, in order, when a user calls plan, quantize, report, dequantize or export."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from . import numerics, plugins
+from .config import QuantConfig, as_config
+from .errors import CalibrationError, ConfigError, UnsupportedError
+from .modules import QuantLinear, quantized_modules, state_of
+from .planning import find_backend, make_plan
+from .progress import progress_bar
+from .trace import attribute, module_name, trace, walk
+from .types import PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
+from .verify import run_pass
+
+Config = QuantConfig | Plan | dict | str | Path
+
+
+def plan(
+    model: nn.Module,
+    config: QuantConfig | dict | str | Path = "rtn",
+    *,
+    device: str = "cpu",
+    example_inputs: tuple[Any, ...] | None = None,
+) -> Plan:
+    """Decide what ``quantize`` would do to every site, without touching a weight.
+
+    The plan can be printed, edited (``plan.override("*.down_proj", "w8a16")``) and given to ``quantize`` as its config.
+    """
+    _check_model(model)
+    sites, _ = _find_sites(model, as_config(config), example_inputs)
+    return make_plan(as_config(config), sites, device, _other_bytes(model, sites))
+
+
+def quantize(
+    model: nn.Module,
+    config: Config = "rtn",
+    *,
+    device: str = "cpu",
+    example_inputs: tuple[Any, ...] | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Quantize ``model`` in place and return it: the same class, with QuantLinear at the names of its Linears.
+
+    config: a preset or scheme name, a QuantConfig, a dict, a path to a YAML or JSON file, or a Plan. example_inputs:
+    positional inputs of ``forward``, needed for anything but a transformers language model. progress: show a bar
+    (default: when stderr is a terminal).
+
+    In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
+    read), then rewrite the exported graph alike and hold both to the plan.
+
+    Raises before the first weight is touched whenever it can:
+    ConfigError, TraceError, UnsupportedError, CalibrationError (weights that are NaN, infinite or not loaded).
+    """
+    started = time.perf_counter()
+    _check_model(model)
+    settings = None if isinstance(config, Plan) else as_config(config)
+    sites, graph = _find_sites(model, settings, example_inputs)
+    if settings is None:
+        assert isinstance(config, Plan)
+        decided = _checked_plan(config, sites)
+    else:
+        decided = make_plan(settings, sites, device, _other_bytes(model, sites))
+    find_backend(decided.device)
+    _check_weights(model, decided)
+
+    results = tuple(_quantize_sites(model, decided, progress))
+    _check_coverage(model, decided)
+    record = _rewrite(graph, decided, model) if graph is not None else None
+    notes = _untie(model, decided)
+    report_ = Report(
+        type(model).__name__,
+        decided,
+        results,
+        seconds=time.perf_counter() - started,
+        passes=(record,) if record else (),
+        notes=notes,
+    )
+    model._qcompile = State(decided, report_, graph)  # type: ignore[assignment]
+    gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to ``model``, what was not, and why; includes the graphs compiled so far."""
+    from .records import graphs_of, report_of_compiled_float
+
+    original = getattr(model, "_orig_mod", model)
+    state = state_of(original)
+    if state is None:
+        compiled = report_of_compiled_float(original)
+        if compiled is None:
+            raise ConfigError(f"{type(original).__name__} was not quantized by qcompile: there is nothing to report")
+        return compiled
+    return state.report.with_graphs(graphs_of(original))
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Turn every QuantLinear of ``model`` back into a Linear that holds the dequantized weight; in place."""
+    modules = quantized_modules(model)
+    if not modules:
+        raise ConfigError(f"{type(model).__name__} holds no quantized module: there is nothing to dequantize")
+    for module in modules.values():
+        packed = module.packed()
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        weight = numerics.dequantize_packed(packed, module.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias
+        _replace_module(model, module, linear.train(module.training))
+    if hasattr(model, "_qcompile"):
+        del model._qcompile
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def export(
+    model: nn.Module, path: str | Path, *, example_inputs: tuple[Any, ...] | None = None, overwrite: bool = False
+) -> Path:
+    """Compile ``model`` ahead of time into a package (.pt2) that runs in a fresh process with torch alone.
+
+    A transformers language model becomes ``input_ids [batch, sequence] -> logits [batch, sequence, vocabulary]``; run
+    it with ``torch._inductor.aoti_load_package(path)(input_ids)``. Any other model needs ``example_inputs``, at least
+    for its shapes. The package is written beside ``path`` first and then renamed.
+    """
+    from .aot import package
+
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ConfigError(f"a package's name ends in .pt2, which {path} does not")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; pass overwrite=True to replace it")
+    original = getattr(model, "_orig_mod", model)
+    state = state_of(original)
+    graph = state.graph if state is not None and state.graph is not None else trace(original, example_inputs).graph
+    return package(graph, original, example_inputs, path)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "; load it first, for example by AutoModelForCausalLM.from_pretrained" if isinstance(model, str) else ""
+        raise ConfigError(f"expected a torch.nn.Module, not {type(model).__name__} {str(model)[:80]!r}{hint}")
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError(
+            "this model is already compiled: quantize first, then torch.compile(model, backend='qcompile')"
+        )
+    if modules := quantized_modules(model):
+        raise ConfigError(
+            f"{type(model).__name__} is already quantized ({next(iter(modules))} and {len(modules) - 1} more); "
+            "qcompile.dequantize(model) would undo it"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} was loaded by transformers with {type(model.hf_quantizer).__name__}; "
+            "load the float model, or use qcompile.load for a quantized checkpoint"
+        )
+
+
+def _find_sites(
+    model: nn.Module, config: QuantConfig | None, example_inputs: tuple[Any, ...] | None
+) -> tuple[tuple[Site, ...], GraphModule | None]:
+    if config is not None and config.tracing == "module_walk":
+        return walk(model), None
+    traced = trace(model, example_inputs)
+    return traced.sites, traced.graph
+
+
+def _other_bytes(model: nn.Module, sites: tuple[Site, ...]) -> int:
+    """Bytes of all parameters and buffers that are not the weight of a site; a shared tensor counts once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    return total - sum(site.float_bytes for site in sites)
+
+
+def _checked_plan(plan: Plan, sites: tuple[Site, ...]) -> Plan:
+    found = {site.name: site for site in sites}
+    for planned in plan:
+        if found.get(planned.site.name) != planned.site:
+            raise ConfigError(
+                f"the plan was made for another model: its site {planned.site.name} is "
+                f"{planned.site}, this model's is {found.get(planned.site.name)}"
+            )
+    return plan
+
+
+def _check_weights(model: nn.Module, plan: Plan) -> None:
+    """CalibrationError for a planned weight that is not loaded or not finite; nothing has been touched yet."""
+    for planned in plan.quantized:
+        name, weight = planned.site.name, model.get_submodule(planned.site.name).weight
+        if weight.device.type == "meta":
+            raise CalibrationError(f"{name}.weight is on the meta device: load the weights before quantizing")
+        if weight.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+            raise CalibrationError(f"{name}.weight holds NaN or infinite values; nothing was quantized")
+
+
+def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iterator[SiteResult]:
+    """Quantize the planned sites one by one; a float weight is released before the next site begins."""
+    with progress_bar("quantizing", len(plan.quantized), progress) as advance:
+        for planned in plan:
+            if not planned.quantized:
+                yield SiteResult(planned, planned.bytes_after)
+                continue
+            yield _quantize_site(model, planned)
+            advance(planned.site.name)
+
+
+@torch.no_grad()
+def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
+    linear, scheme = model.get_submodule(planned.site.name), planned.scheme
+    assert scheme is not None
+    method = plugins.find("methods", planned.method)
+    packed = method.quantize(linear.weight.detach(), scheme, dict(planned.options))
+    sqnr = numerics.signal_to_noise(linear.weight.detach(), packed)
+    quantized = QuantLinear(packed, linear.bias, planned.kernel, planned.site.dtype).train(linear.training)
+    _replace_module(model, linear, quantized)
+    tensors = sum(t.numel() * t.element_size() for t in quantized.tensors())
+    return SiteResult(planned, tensors + (planned.site.float_bytes if planned.site.tied_to else 0), sqnr)
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
+    """Rewrite the exported graph like the model; PassError names every planned site that is not in the graph."""
+    from .passes.quantize_linear import QuantizeLinear
+
+    def weights(planned: PlannedSite, node: Node) -> list[Node]:
+        module = model.get_submodule(planned.site.name)
+        return [
+            attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
+            for name, tensor in module.named_buffers(recurse=False)
+        ]
+
+    return run_pass(QuantizeLinear(module_name, {p.site.name: p for p in plan.quantized}, weights), graph)
+
+
+def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """A quantized lm_head no longer shares the embedding's weight; the config must not claim that it does."""
+    tied = [p.site for p in plan.quantized if p.site.tied_to]
+    if not tied:
+        return ()
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return tuple(f"{site.name} was tied to {site.tied_to}, which stays float: both are stored now" for site in tied)
+
+
+def _check_coverage(model: nn.Module, plan: Plan) -> None:
+    """What the plan says is quantized must be quantized in the model."""
+    modules = quantized_modules(model)
+    if missing := [p.site.name for p in plan.quantized if p.site.name not in modules]:
+        raise UnsupportedError(f"planned but not quantized in the model: {', '.join(missing)}")

@@ -1,0 +1,171 @@
+"""The Dynamo backend: ``torch.compile(model, backend="qcompile")``.
+
+Found by its entry point, so that no import of qcompile is needed. Dynamo's graph goes through AOTAutograd; the passes
+run on the AOT graph, which is then cut at its decoder blocks and given to Inductor. AOTAutograd's own disk cache is
+off, because it is looked up before the passes run; Inductor's is keyed by the lowered graphs, so that processes share
+compiled code and a changed pass or kernel is never served stale.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.fx import GraphModule
+
+from . import ops  # noqa: F401  (the ops must be registered before a graph that calls them is compiled)
+from .adopt import adopt_compiled_modules
+from .config import QuantConfig, as_config
+from .errors import ConfigError, PassError, did_you_mean
+from .records import remember_graph
+from .regions import compile_pieces, cut
+from .types import GraphRecord, PassRecord
+from .verify import no_semantic_ops_left, run_pass
+
+
+class Options(BaseModel):
+    """What ``torch.compile(..., options={...})`` understands besides Inductor's own settings.
+
+    config       quantize a float model at its first call (a preset, a dict, a QuantConfig or a path)
+    regions      compile equal decoder blocks once (default) instead of the whole graph at once
+    allow_float  compile a graph in which nothing is quantized instead of raising
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    config: QuantConfig | None = None
+    regions: bool = True
+    allow_float: bool = False
+
+
+def backend(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+):
+    """Compile one of Dynamo's graphs. Raises ConfigError for a mode or an option that does not exist."""
+    from torch._inductor.compile_fx import compile_fx
+
+    own, inductor = parse_options(mode, options)
+    if own.config is not None:
+        from .floats import quantize_float_graph
+
+        quantize_float_graph(module, example_inputs, own.config)
+    elif not own.allow_float:
+        _refuse_float(module)
+    tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
+    compiler = _Inner(own, tensors, " ".join(str(list(x.shape)) for x in example_inputs if hasattr(x, "fake_mode")))
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(module, list(example_inputs), inner_compile=compiler, config_patches=inductor)
+
+
+def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Split options into ours and Inductor's config patches; a name that is neither is an error."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options
+
+    patches: dict[str, Any] = {}
+    if mode is not None:
+        modes = ("default", *list_mode_options())
+        if mode not in modes:
+            raise ConfigError(f"unknown mode {mode!r}.{did_you_mean(mode, modes)}")
+        patches |= list_mode_options(mode) if mode != "default" else {}
+    given = dict(options or {})
+    mine = {name: given.pop(name) for name in Options.model_fields if name in given}
+    if "config" in mine and mine["config"] is not None:
+        mine["config"] = as_config(mine["config"])
+    for name in ("regions", "allow_float"):
+        if name in mine and not isinstance(mine[name], bool):
+            raise ConfigError(f"option {name!r} must be True or False, not {mine[name]!r}")
+    known = inductor_config.get_config_copy()
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(name, [*Options.model_fields, *known]).partition(" Known:")[0]
+            raise ConfigError(
+                f"unknown option {name!r}.{near} Options of qcompile: {', '.join(Options.model_fields)}; "
+                "any setting of torch._inductor.config is understood as well"
+            )
+        patches[name] = value
+    return Options(**mine), patches
+
+
+def _refuse_float(module: GraphModule) -> None:
+    """A graph with Linears of which none is quantized is compiled only on request: it would be plain Inductor."""
+    from .passes.base import semantic_name
+    from .passes.quantize_linear import LINEARS
+
+    nodes = module.graph.nodes
+    if any(semantic_name(node) for node in nodes) or not any(node.target in LINEARS for node in nodes):
+        return
+    raise ConfigError(
+        "nothing in this graph is quantized: call qcompile.quantize(model, ...) or qcompile.load(...) first, or "
+        "quantize while compiling with options={'config': 'rtn'}; options={'allow_float': True} compiles it as it is"
+    )
+
+
+class _Inner:
+    """``inner_compile`` of compile_fx: passes, cut, Inductor."""
+
+    def __init__(self, options: Options, tensors: Sequence[Tensor], inputs: str) -> None:
+        self.options, self.tensors, self.inputs = options, tensors, inputs
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any], **kwargs: Any):
+        started = time.perf_counter()
+        records = self._run_passes(module)
+        if kwargs.get("is_backward"):
+            raise PassError("quantized models are for inference: compile under torch.no_grad()")
+        compiled, regions, distinct = self._compile(module, example_inputs, kwargs)
+        seconds = time.perf_counter() - started
+        nodes = len(module.graph.nodes)
+        remember_graph(GraphRecord(self.inputs, nodes, tuple(records), regions, distinct, seconds), self.tensors)
+        return compiled
+
+    def _run_passes(self, module: GraphModule) -> list[PassRecord]:
+        from torch._inductor.decomposition import select_decomp_table
+
+        from .passes.pipeline import compile_passes
+
+        records = [run_pass(pass_, module) for pass_ in compile_passes(select_decomp_table())]
+        no_semantic_ops_left(module, [near for record in records for near in record.rejected])
+        return records
+
+    def _compile(self, module: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]):
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        pieces = cut(module) if self.options.regions else []
+        if len(pieces) < 2:
+            return compile_fx_inner(module, example_inputs, **kwargs), 1, 1
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        static = {placeholders[i] for i in kwargs.get("static_input_idxs") or ()}
+
+        def compile_one(piece, inputs):
+            positions = [i for i, node in enumerate(piece.inputs) if node in static]
+            with _no_output_strides():
+                return compile_fx_inner(piece.module, inputs, **{**kwargs, "static_input_idxs": positions})
+
+        function, distinct = compile_pieces(pieces, module, compile_one)
+        return function, len(pieces), distinct
+
+
+@contextmanager
+def _no_output_strides() -> Iterator[None]:
+    """Inductor reports the strides of the one graph it compiles for AOTAutograd; those of a piece are not asked for."""
+    context = torch._guards.TracingContext.try_get()
+    before = None if context is None else context.output_strides
+    if context is not None:
+        context.output_strides = None
+    try:
+        yield
+    finally:
+        if context is not None:
+            context.output_strides = before
+
+
+adopt_compiled_modules(backend)
