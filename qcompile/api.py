@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from . import numerics, plugins
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
-from .modules import QuantLinear, quantized_modules, state_of
+from .modules import QuantLinear, quantized_modules, replace_module, state_of
 from .planning import find_backend, make_plan
 from .progress import progress_bar
 from .trace import attribute, module_name, trace, walk
@@ -115,7 +115,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         weight = numerics.dequantize_packed(packed, module.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = module.bias
-        _replace_module(model, module, linear.train(module.training))
+        replace_module(model, module, linear.train(module.training))
     if hasattr(model, "_qcompile"):
         del model._qcompile
     if hasattr(getattr(model, "config", None), "quantization_config"):
@@ -224,17 +224,9 @@ def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
     packed = method.quantize(linear.weight.detach(), scheme, dict(planned.options))
     sqnr = numerics.signal_to_noise(linear.weight.detach(), packed)
     quantized = QuantLinear(packed, linear.bias, planned.kernel, planned.site.dtype).train(linear.training)
-    _replace_module(model, linear, quantized)
+    replace_module(model, linear, quantized)
     tensors = sum(t.numel() * t.element_size() for t in quantized.tensors())
     return SiteResult(planned, tensors + (planned.site.float_bytes if planned.site.tied_to else 0), sqnr)
-
-
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
 
 
 def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,15 @@ from . import plugins, skeleton
 from .errors import ConfigError, FormatError, UnsupportedError
 from .formats import Format, StoredSite
 from .kernels import Backend, choose
-from .modules import QuantLinear, quantized_modules, state_of
+from .modules import QuantLinear, quantized_modules, replace_module
 from .planning import find_backend
 from .progress import progress_bar
 from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, shortened, write_json
 from .trace import walk
 from .types import PackedWeight, Plan, PlannedSite, Report, Site, SiteResult, State
 
-_STORED = "stored"
+STORED = "stored"  # the method of a site that came from a checkpoint
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 # ------------------------------------------------------------------------------------------------------------ save
@@ -70,7 +72,7 @@ def save(
         section = writer_format.quantization_config(sites, linears) if sites else None
         if is_transformers:
             skeleton.copy_companions(model, folder)
-            skeleton.write_config(model, folder, section, untied=_head_name(model) in modules)
+            skeleton.write_config(model, folder, section, untied=skeleton.head_name(model) in modules)
         else:
             described = {"model": type(model).__name__, **({"quantization_config": section} if section else {})}
             write_json(folder / PLAIN_CONFIG, described)
@@ -132,9 +134,11 @@ def load(
     started = time.perf_counter()
     with Folder(skeleton.resolve(path, allow_download)) as folder:
         survey = _Survey(folder, find_backend(device), device, model, dtype)
+        survey.load_floats()  # first, since QuantLinear takes over its Linear's bias
         results = survey.load_sites(progress)
-        survey.load_floats()
-    model = survey.model
+    model = survey.model.to(device)  # buffers that no file holds
+    if skeleton.head_name(model) in survey.stored:
+        skeleton.untie(model)
     model.eval().requires_grad_(False)
     report = Report(type(model).__name__, survey.plan, results, time.perf_counter() - started)
     model._qcompile = State(survey.plan, report)  # type: ignore[assignment]
@@ -157,86 +161,163 @@ class _Survey:
     """A checkpoint and the model it belongs to: which tensor goes where, checked before any is read."""
 
     def __init__(
-        self, folder: Folder, backend: Backend, device: str, model: nn.Module | None, dtype: torch.dtype | None
+        self, folder: Folder, backend: Backend, device: str, model: nn.Module | None, cast: torch.dtype | None
     ) -> None:
-        self.folder, self.device, self.cast = folder, device, dtype
-        self.dtype = dtype or _main_dtype(folder)
+        self.folder, self.device, self.cast = folder, device, cast
+        self.dtype = cast or _main_dtype(folder)
         self.format = _detect(folder)
         if model is None and folder.is_plain:
             raise ConfigError(
                 f"{folder.path} holds a plain module ({folder.config.get('model')}), not a transformers model: "
                 "pass the float module as model="
             )
-        self.model = model if model is not None else self._build()
+        self.model = model if model is not None else skeleton.build(folder.path, self.dtype)
         if present := quantized_modules(self.model):
             raise ConfigError(f"the model to fill is quantized already ({shortened(present)}); pass the float one")
-        walked = walk(self.model)
-        linears = {
-            name: (module.out_features, module.in_features)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        stored = self.format.sites(folder.config, folder.headers, linears) if self.format else ()
+        walked = [dataclasses.replace(site, dtype=self.dtype) for site in walk(self.model)]
+        linears = {site.name: (site.out_features, site.in_features) for site in walked}
+        try:
+            stored = self.format.sites(folder.config, folder.headers, linears) if self.format else ()
+        except (FormatError, UnsupportedError) as error:
+            raise type(error)(f"{folder.path}: {error}") from None
         self.stored = {site.name: site for site in stored}
-        self.plan = self._plan(walked, backend)
-        self.floats = self._match_floats()
+        self.slots = skeleton.slots(self.model, without={f"{name}.weight" for name in self.stored})
+        notes = self._check_names()
+        self.plan = self._plan(walked, backend, notes)
 
-    def _build(self) -> nn.Module:
-        """The skeleton; output embeddings that are stored quantized are their own, even under a config that ties."""
-        model = skeleton.build(self.folder.path, self.dtype, untied=False)
-        head = _head_name(model)
-        if head and getattr(model, "all_tied_weights_keys", None) and self.format:
-            own = [name for name in self.folder.headers if name.rpartition(".")[0] == head]
-            if own and own != [f"{head}.weight"]:
-                return skeleton.build(self.folder.path, self.dtype, untied=True)
-        return model
+    def _check_names(self) -> tuple[str, ...]:
+        """FormatError unless every stored tensor has a place of its shape, and every place a tensor."""
+        headers, path = self.folder.headers, self.folder.path
+        expected = {name: slot for slot in self.slots for name in slot.names}
+        consumed = {name for site in self.stored.values() for name in site.tensors}
+        patterns = [re.compile(pattern) for pattern in skeleton.ignored_patterns(self.model)]
+        unknown = headers.keys() - consumed - expected.keys()
+        ignored = {name for name in unknown if any(pattern.search(name) for pattern in patterns)}
+        missing = [slot.names[0] for slot in self.slots if not headers.keys() & set(slot.names)]
+        problems = [f"missing: {shortened(missing)}"] if missing else []
+        if unknown := unknown - ignored:
+            problems.append(f"unknown to {type(self.model).__name__} or its format: {shortened(unknown)}")
+        if problems:
+            raise FormatError(f"the tensors in {path} are not those of the model: {'; '.join(problems)}")
+        for name in expected.keys() & headers.keys():
+            header, wanted = headers[name], expected[name].tensor
+            dtype = DTYPES[header.dtype]
+            alike = header.dtype in _FLOATS if wanted.is_floating_point() else dtype == wanted.dtype
+            if header.shape != tuple(wanted.shape) or not alike:
+                kind = "float" if wanted.is_floating_point() else str(wanted.dtype)
+                raise FormatError(
+                    f"{path / header.file}: {name} is {header.dtype} {list(header.shape)}, but must be {kind} "
+                    f"{list(wanted.shape)} in {type(self.model).__name__}"
+                )
+        return (f"not part of the model, as transformers has it: {shortened(ignored)}",) if ignored else ()
 
-    def _plan(self, sites: Sequence[Site], backend: Backend) -> Plan:
+    def _plan(self, sites: Sequence[Site], backend: Backend, notes: tuple[str, ...]) -> Plan:
         planned, refusals = [], []
-        for site in (dataclasses.replace(site, dtype=self.dtype) for site in sites):
+        for site in sites:
             stored = self.stored.get(site.name)
-            if stored is None:
+            if stored is None or self.format is None:
                 planned.append(PlannedSite(site, None, "float in the checkpoint", bytes_after=site.float_bytes))
                 continue
-            assert self.format is not None
             kernel, why_not = choose(backend, site, stored.scheme)
             if kernel is None:
                 refusals.append(f"{site.name} ({stored.scheme}): {why_not}")
                 continue
-            planned.append(
-                PlannedSite(
-                    site,
-                    stored.scheme,
-                    f"stored as {self.format.name}" + (f"; {why_not}" if why_not else ""),
-                    method=_STORED,
-                    kernel=f"{backend.name}.{kernel.name}",
-                    bytes_after=kernel.nbytes(site, stored.scheme),
-                )
-            )
+            reason = f"stored as {self.format.name}" + (f"; {why_not}" if why_not else "")
+            name, size = f"{backend.name}.{kernel.name}", kernel.nbytes(site, stored.scheme)
+            planned.append(PlannedSite(site, stored.scheme, reason, method=STORED, kernel=name, bytes_after=size))
         if refusals:
             raise UnsupportedError(
-                f"{self.folder.path}: no kernel of {backend.name} can run {len(refusals)} of {len(sites)} sites: "
+                f"{self.folder.path}: {backend.name} cannot run {len(refusals)} of {len(sites)} sites: "
                 + "; ".join(refusals[:5])
                 + (" ..." if len(refusals) > 5 else "")
             )
-        float_weights = sum(p.site.float_bytes for p in planned)
         tensors = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         total = sum(t.numel() * (self.dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
-        return Plan(self.device, tuple(planned), total - float_weights)
+        return Plan(self.device, tuple(planned), total - sum(site.float_bytes for site in sites), notes)
 
-    def _match_floats(self) -> dict[str, list[tuple[nn.Module, str]]]:
-        """Every tensor that no site consumes, with its places; FormatError for what is left over on either side."""
-        consumed = {name for site in self.stored.values() for name in site.tensors}
-        quantized = {f"{name}.weight" for name in self.stored}
-        places = {name: found for name, found in skeleton.slots(self.model).items() if name not in quantized}
-        given = self.folder.headers.keys() - consumed
-        filled = {id(places[name]) for name in given & places.keys()}
-        ignored = [re_.pattern for re_ in skeleton.ignored(self.model)]
-        unexpected = {n for n in given - places.keys() if not any(re_.search(n) for re_ in skeleton.ignored(self.model))}
-        missing = {name for name, found in places.items() if id(found) not in filled}
-        problems = []
-        if missing:
-            problems.append(f"missing from the files: {shortened(missing)}")
-        if unexpected:
-            problems.append(f"unknown to {type(self.model).__name__}: {shortened(unexpected)}")
-        return {}
+    def load_floats(self) -> None:
+        """Read every tensor that belongs to no quantized site."""
+        for slot in self.slots:
+            name, *copies = [name for name in slot.names if name in self.folder.headers]
+            tensor = self.folder.read(name)
+            for other in copies:
+                if not torch.equal(tensor, self.folder.read(other)):
+                    raise FormatError(
+                        f"{self.folder.path}: {name} and {other} differ, but are one tensor in the model; "
+                        f"if they are meant to, set tie_word_embeddings to false in {CONFIG}"
+                    )
+            if self.cast and tensor.is_floating_point():
+                tensor = tensor.to(self.cast)
+            slot.fill(tensor.to(self.device))
+
+    def load_sites(self, progress: bool | None) -> tuple[SiteResult, ...]:
+        """Read the quantized sites one by one and put a QuantLinear in the place of each Linear."""
+        results = []
+        with progress_bar("loading", len(self.plan.quantized), progress) as advance:
+            for planned in self.plan:
+                if not planned.quantized:
+                    results.append(SiteResult(planned, planned.bytes_after))
+                    continue
+                module = self._load_site(planned)
+                size = sum(t.numel() * t.element_size() for t in module.tensors())
+                results.append(SiteResult(planned, size))
+                advance(planned.site.name)
+        return tuple(results)
+
+    def _load_site(self, planned: PlannedSite) -> QuantLinear:
+        name = planned.site.name
+        stored, linear = self.stored[name], self.model.get_submodule(name)
+        assert self.format is not None
+        assert isinstance(linear, nn.Linear)
+        try:
+            packed = _fit(self.format.read(stored, self.folder.read), planned)
+        except FormatError as error:
+            file = self.folder.headers[stored.tensors[0]].file
+            raise FormatError(f"{self.folder.path / file}: {error}") from None
+        quantized = QuantLinear(_to(packed, self.device), linear.bias, planned.kernel, planned.site.dtype)
+        replace_module(self.model, linear, quantized)
+        return quantized
+
+
+def _detect(folder: Folder) -> Format | None:
+    """The format of a checkpoint, None for a float one."""
+    formats = [plugins.find("formats", name) for name in plugins.names("formats")]
+    found = [format for format in formats if format.detect(folder.config, folder.headers)]
+    if len(found) > 1:
+        raise FormatError(f"{folder.path} looks like {' and '.join(f.name for f in found)}; it can only be one")
+    section = folder.config.get("quantization_config")
+    if not found and section:
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        raise UnsupportedError(
+            f"{folder.path}: quantization method {method!r} is not read; known formats: "
+            + ", ".join(format.name for format in formats)
+        )
+    return found[0] if found else None
+
+
+def _main_dtype(folder: Folder) -> torch.dtype:
+    """The float dtype that most numbers of a checkpoint have."""
+    count: Counter[str] = Counter()
+    for header in folder.headers.values():
+        if header.dtype in _FLOATS:
+            count[header.dtype] += math.prod(header.shape)
+    return DTYPES[count.most_common(1)[0][0]] if count else torch.get_default_dtype()
+
+
+def _fit(packed: PackedWeight, planned: PlannedSite) -> PackedWeight:
+    """Scales in the dtype of the activations, which fused weight-only kernels want.
+
+    The reference kernel multiplies in the scales' own dtype, as the checkpoint's author did; so it keeps them.
+    """
+    dtype = planned.site.dtype
+    if packed.scales.dtype == dtype or packed.scheme.activation or planned.kernel.endswith(".reference"):
+        return packed
+    scales = packed.scales.to(dtype)
+    if not torch.isfinite(scales).all():
+        raise FormatError(f"scales of {planned.site.name} are too large for {dtype}; load with another dtype=")
+    return dataclasses.replace(packed, scales=scales)
+
+
+def _to(packed: PackedWeight, device: str) -> PackedWeight:
+    moved = {name: tensor.to(device) for name, tensor in packed.tensors().items()}
+    return PackedWeight(packed.scheme, packed.shape, **moved)

@@ -55,6 +55,14 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
 def state_of(model: nn.Module) -> State | None:
     """What qcompile knows about ``model``; None for one that it did not make."""
     return getattr(model, "_qcompile", None)

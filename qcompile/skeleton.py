@@ -10,7 +10,8 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, FormatError, UnsupportedError
 from .modules import QuantLinear
-from .storage import CONFIG, read_json, shortened, write_json
+from .storage import CONFIG, shortened, write_json
 
 _GENERATION = "generation_config.json"
 _COMPANIONS = (
@@ -55,35 +56,48 @@ def resolve(path: str | Path, allow_download: bool = False) -> Path:
 # -------------------------------------------------------------------------------------------------------- building
 
 
-def build(folder: Path, dtype: torch.dtype, untied: bool) -> nn.Module:
+def build(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model that config.json describes, on the meta device; buffers that no file holds are real.
 
-    untied: its output embeddings are stored apart, whatever ``tie_word_embeddings`` says. Code that a checkpoint
-    brings along is never run. FormatError when transformers cannot build it.
+    Code that a checkpoint brings along is never run. FormatError when transformers cannot build it.
     """
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for part in (config, config.get_text_config()):
+        for part in _parts(config):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # or transformers would quantize by itself
-            if untied:
-                part.tie_word_embeddings = False
-        name = next(iter(config.architectures or ()), "")
-        cls = getattr(transformers, name, None)
-        known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        cls: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            cls = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         with torch.device("meta"):
-            make = cls._from_config if known else transformers.AutoModelForCausalLM.from_config
-            model = make(config, dtype=dtype)
-    except Exception as error:  # a foreign config can make a constructor raise anything
+            model = cls._from_config(config, dtype=dtype)
+        if (folder / _GENERATION).is_file() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a foreign config can make transformers raise anything
         raise FormatError(f"{folder / CONFIG}: transformers cannot build a model from it: {error}") from error
+    model.tie_weights()
     _rebuild_buffers(model)
     model.config._name_or_path = model.name_or_path = str(folder)
-    if (folder / _GENERATION).is_file() and model.can_generate():
-        read_json(folder / _GENERATION)
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def head_name(model: Any) -> str:
+    """The name of the output embeddings (lm_head) of a transformers model, or ""."""
+    head = model.get_output_embeddings() if is_transformers(model) else None
+    return next((name for name, module in model.named_modules() if head is not None and module is head), "")
+
+
+def untie(model: Any) -> None:
+    """Have neither config nor model claim that input and output embeddings are one tensor."""
+    for part in _parts(model.config):
+        part.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _parts(config: Any) -> tuple[Any, ...]:
+    return (config, config.get_text_config())
 
 
 @torch.no_grad()
@@ -119,46 +133,45 @@ def _rebuild_buffers(model: Any) -> None:
 # --------------------------------------------------------------------------------------------------------- filling
 
 
-def slots(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Every float parameter and persistent buffer by its names, with all places that hold it.
+@dataclass(frozen=True)
+class Slot:
+    """One float parameter or persistent buffer: all names it goes by, and all (module, key) that hold it."""
 
-    Tensors of a QuantLinear are left out. A shared tensor is listed under each of its names with all of its places.
-    """
-    places: dict[Any, list[tuple[nn.Module, str]]] = {}
-    keys: dict[str, Any] = {}
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def fill(self, tensor: Tensor) -> None:
+        """Put a loaded tensor into every place, frozen where it is a parameter."""
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for module, key in self.places:
+            if key in module._parameters:
+                module._parameters[key] = parameter
+            else:
+                module._buffers[key] = tensor
+
+
+def slots(model: nn.Module, without: Container[str] = ()) -> list[Slot]:
+    """The slots of ``model``, in its order, without tensors of a QuantLinear and without the names in ``without``."""
+    found: dict[Any, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
             continue
-        for name, tensor in _stored(module):
-            key = _identity(tensor)
-            keys[f"{prefix}.{name}".lstrip(".")] = key
-            if (module, name) not in places.setdefault(key, []):
-                places[key].append((module, name))
-    return {name: places[key] for name, key in keys.items()}
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            name = f"{prefix}.{key}".lstrip(".")
+            if tensor is None or key in module._non_persistent_buffers_set or name in without:
+                continue
+            slot = found.setdefault(_identity(tensor), Slot(tensor))
+            slot.names.append(name)
+            slot.places.append((module, key))
+    return list(found.values())
 
 
-def fill(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
-    """Put a loaded tensor into every place of a slot, frozen where it is a parameter."""
-    parameter = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else None
-    for module, name in places:
-        if name in module._parameters:
-            module._parameters[name] = parameter
-        else:
-            module._buffers[name] = tensor
-
-
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
-def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            yield name, tensor
+def ignored_patterns(model: nn.Module) -> list[str]:
+    """Regular expressions of stored names that transformers ignores for this model, such as old rotary buffers."""
+    if not is_transformers(model):
+        return []
+    return [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]  # type: ignore[misc]
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -174,18 +187,10 @@ def _identity(tensor: Tensor) -> Any:
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Float parameters and persistent buffers as a checkpoint holds them: shared ones once, under the source's name."""
     targets = getattr(model, "all_tied_weights_keys", None) or {}
-    by_place: dict[Any, list[str]] = {}
-    for name, places in slots(model).items():
-        by_place.setdefault((id(places[0][0]), places[0][1]), []).append(name)
-    chosen = {}
-    for names in by_place.values():
-        name = next((n for n in names if n not in targets), names[0])
-        prefix, _, key = name.rpartition(".")
-        chosen[name] = getattr(model.get_submodule(prefix), key)
-    return chosen
+    return {next((n for n in s.names if n not in targets), s.names[0]): s.tensor for s in slots(model)}
 
 
-def check_names(model: nn.Module) -> None:
+def check_names(model: Any) -> None:
     """UnsupportedError when transformers stores this architecture under names or shapes that its modules lack."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -199,7 +204,7 @@ def check_names(model: nn.Module) -> None:
 def write_config(model: Any, folder: Path, section: Mapping[str, Any] | None, untied: bool) -> None:
     """config.json with its quantization section, and generation_config.json, as save_pretrained writes them."""
     config = copy.deepcopy(model.config)
-    for part in (config, config.get_text_config()):
+    for part in _parts(config):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
         if untied:

@@ -244,6 +244,11 @@ class SiteResult:
     bytes_after: int
     sqnr: float | None = None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the site is quantized in the model; a loaded one is, though its float weight is not known."""
+        return self.planned.quantized and (self.sqnr is not None or self.planned.method == "stored")
+
 
 @dataclass(frozen=True)
 class PassRecord:
@@ -285,7 +290,7 @@ class Report:
     def coverage(self) -> float:
         """Share of the planned sites that are quantized in the model; 1.0 unless something is wrong."""
         planned = len(self.plan.quantized)
-        return sum(r.planned.quantized and r.sqnr is not None for r in self.sites) / planned if planned else 0.0
+        return sum(r.quantized for r in self.sites) / planned if planned else 0.0
 
     def with_graphs(self, graphs: tuple[GraphRecord, ...]) -> Report:
         """The same report, with the compilations seen so far."""

@@ -16,7 +16,6 @@ permuted weight with groups; compressed-tensors 0.19 dropped it, so only older r
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from .. import numerics
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..types import ActivationType, PackedWeight, Scheme, WeightType
 from . import Shape, StoredSite, TensorHeader
+from ._words import from_words, to_words, unpack_words, widths
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
@@ -76,9 +76,9 @@ class CompressedTensors:
             stored = get(f"{site.name}.weight_shape").tolist()
             if stored != [out, inn]:
                 raise FormatError(f"{site.name}.weight_shape says {stored}, but the model's Linear is {[out, inn]}")
-            codes = _from_words(get(f"{site.name}.weight_packed"), weight.bits, inn)
+            codes = from_words(get(f"{site.name}.weight_packed"), weight.bits, inn)
             if zeros is not None:
-                zeros = _unpack_words(zeros.t(), weight.bits, out).t().contiguous()
+                zeros = unpack_words(zeros.t(), weight.bits, out).t().contiguous()
         else:
             codes = numerics.pack_codes(_unsigned(get(f"{site.name}.weight"), weight.bits, site.name), weight.bits)
             zeros = None if zeros is None else _unsigned(zeros, weight.bits, f"{site.name}.weight_zero_point")
@@ -111,11 +111,11 @@ class CompressedTensors:
         if packed.scheme.activation:
             tensors["weight"] = numerics.signed_codes(codes)
         else:
-            tensors["weight_packed"] = _words(codes)
+            tensors["weight_packed"] = to_words(codes)
             tensors["weight_shape"] = torch.tensor([out, inn], dtype=torch.int64)
             if packed.zeros is not None:
                 zeros = numerics.pack_codes(packed.zeros.t().contiguous(), weight.bits)
-                tensors["weight_zero_point"] = _words(zeros).t().contiguous()
+                tensors["weight_zero_point"] = to_words(zeros).t().contiguous()
         tensors["weight_scale"] = packed.scales
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
@@ -251,7 +251,7 @@ def _scheme(name: str, group: Mapping[str, Any], inn: int) -> Scheme:
         weight = WeightType(bits, bool(weights.get("symmetric", True)), size if strategy == "group" else None)
         return Scheme(weight, activation)
     except ConfigError as error:
-        raise refuse(str(error)) from None
+        raise UnsupportedError(f"{name}: qcompile has no such scheme yet: {error}") from None
 
 
 def _describe(scheme: Scheme, permuted: bool, targets: list[str]) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def _site(name: str, shape: Shape, stored: Mapping[str, TensorHeader], section: 
         reads["weight_g_idx"] = (("I32", "I64"), ((shape[1],),))
     for suffix, (dtypes, shapes) in reads.items():
         where = next(iter(stored.values())).file
-        header = stored.get(suffix)
+        header = stored.get(suffix)  # type: ignore[assignment]
         wanted = f"{' or '.join(dtypes)} {' or '.join(str(list(s)) for s in shapes)}"
         about = f"config group {label!r} makes {name} {scheme}, {layout}, of shape {list(shape)}"
         if header is None:
@@ -346,10 +346,10 @@ def _expected(shape: Shape, scheme: Scheme, packed: bool) -> Iterator[_Expectati
         scale_shapes = ((out, 1), (1,), ())  # one scale for the whole weight is repeated for each channel
     yield "weight_scale", (_FLOATS, scale_shapes)
     if packed:
-        yield "weight_packed", (("I32",), tuple((out, width) for width in _widths(inn, weight.bits)))
+        yield "weight_packed", (("I32",), tuple((out, width) for width in widths(inn, weight.bits)))
         yield "weight_shape", (("I64",), ((2,),))
         if not weight.symmetric:
-            zero_shapes = tuple((width, groups) for width in _widths(out, weight.bits))
+            zero_shapes = tuple((width, groups) for width in widths(out, weight.bits))
             yield "weight_zero_point", (("I32",), zero_shapes)
     else:
         yield "weight", (("I8",), ((out, inn),))
@@ -357,33 +357,7 @@ def _expected(shape: Shape, scheme: Scheme, packed: bool) -> Iterator[_Expectati
             yield "weight_zero_point", (("I8",), ((out, groups),))
 
 
-# -------------------------------------------------------------------------------------------------------- packing
-
-
-def _widths(n: int, bits: int) -> tuple[int, ...]:
-    """Words that ``n`` codes take: in the dense stream, and with 32 // bits codes per word."""
-    return tuple(dict.fromkeys((math.ceil(n * bits / 32), math.ceil(n / (32 // bits)))))
-
-
-def _unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
-    """Codes uint8 [..., n] of int32 words [..., width]; the width tells the dense stream from the padded one."""
-    if words.shape[-1] == _widths(n, bits)[0]:
-        return numerics.unpack_codes(words.contiguous().view(torch.uint8), bits, n)
-    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
-    codes = (words[..., None] >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(-2)[..., :n].contiguous()
-
-
-def _from_words(words: Tensor, bits: int, n: int) -> Tensor:
-    """Canonical codes uint8 [..., ceil(n * bits / 8)]: the bytes of the words, where their stream is dense."""
-    if n * bits % 8 or words.shape[-1] != _widths(n, bits)[0]:
-        return numerics.pack_codes(_unpack_words(words, bits, n), bits)
-    return words.contiguous().view(torch.uint8)[..., : n * bits // 8].contiguous()
-
-
-def _words(stream: Tensor) -> Tensor:
-    """A byte stream [..., n] as int32 words [..., ceil(n / 4)]."""
-    return torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).contiguous().view(torch.int32)
+# ------------------------------------------------------------------------------------------------------ tensor data
 
 
 def _unsigned(values: Tensor, bits: int, name: str) -> Tensor:
