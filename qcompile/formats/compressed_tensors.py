@@ -27,7 +27,7 @@ from .. import numerics
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..types import ActivationType, PackedWeight, Scheme, WeightType
 from . import Shape, StoredSite, TensorHeader
-from ._words import from_words, to_words, unpack_words, widths
+from ._words import from_words, is_padded, to_words, unpack_words, width
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
@@ -76,11 +76,14 @@ class CompressedTensors:
             stored = get(f"{site.name}.weight_shape").tolist()
             if stored != [out, inn]:
                 raise FormatError(f"{site.name}.weight_shape says {stored}, but the model's Linear is {[out, inn]}")
-            codes = from_words(get(f"{site.name}.weight_packed"), weight.bits, inn)
+            padded = site.layout["padded"]
+            codes = from_words(get(f"{site.name}.weight_packed"), weight.bits, inn, padded)
             if zeros is not None:
-                zeros = unpack_words(zeros.t(), weight.bits, out).t().contiguous()
+                zeros = unpack_words(zeros.t(), weight.bits, out, padded).t().contiguous()
         else:
-            codes = numerics.pack_codes(_unsigned(get(f"{site.name}.weight"), weight.bits, site.name), weight.bits)
+            codes = numerics.pack_codes(
+                _unsigned(get(f"{site.name}.weight"), weight.bits, f"{site.name}.weight"), weight.bits
+            )
             zeros = None if zeros is None else _unsigned(zeros, weight.bits, f"{site.name}.weight_zero_point")
         scales = scales.reshape(-1, weight.groups(inn)).expand(out, -1).contiguous()
         permutation = None
@@ -310,7 +313,8 @@ def _site(name: str, shape: Shape, stored: Mapping[str, TensorHeader], section: 
         raise UnsupportedError(
             f"{name}: layout {layout!r} of compressed-tensors is not read; known: {_PACKED}, {_PLAIN}"
         )
-    reads = dict(_expected(shape, scheme, layout == _PACKED))
+    padded = layout == _PACKED and _is_padded(stored, shape, scheme.weight.bits, section)
+    reads = dict(_expected(shape, scheme, layout == _PACKED, padded))
     actorder = group["weights"].get("actorder")
     if "weight_g_idx" in stored or actorder in (True, "group", "dynamic"):
         reads["weight_g_idx"] = (("I32", "I64"), ((shape[1],),))
@@ -330,14 +334,24 @@ def _site(name: str, shape: Shape, stored: Mapping[str, TensorHeader], section: 
         scheme,
         shape,
         tuple(f"{name}.{suffix}" for suffix in reads),
-        {"packed": layout == _PACKED, "g_idx": "weight_g_idx" in reads},
+        {"packed": layout == _PACKED, "padded": padded, "g_idx": "weight_g_idx" in reads},
     )
+
+
+def _is_padded(stored: Mapping[str, TensorHeader], shape: Shape, bits: int, section: Mapping[str, Any]) -> bool:
+    """Whether words have unused bits: by the width of codes or zeros; where neither tells, by the writer's version."""
+    for suffix, n, axis in (("weight_packed", shape[1], 1), ("weight_zero_point", shape[0], 0)):
+        header = stored.get(suffix)
+        if header and len(header.shape) == 2 and (known := is_padded(header.shape[axis], n, bits)) is not None:
+            return known
+    numbers = re.match(r"(\d+)\.(\d+)", str(section.get("version")))
+    return 32 % bits != 0 and numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 18)
 
 
 _Expectation = tuple[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
 
 
-def _expected(shape: Shape, scheme: Scheme, packed: bool) -> Iterator[_Expectation]:
+def _expected(shape: Shape, scheme: Scheme, packed: bool, padded: bool) -> Iterator[_Expectation]:
     """(suffix, (dtypes, shapes)) of every tensor that a scheme has in a layout."""
     (out, inn), weight = shape, scheme.weight
     groups = weight.groups(inn)
@@ -346,11 +360,10 @@ def _expected(shape: Shape, scheme: Scheme, packed: bool) -> Iterator[_Expectati
         scale_shapes = ((out, 1), (1,), ())  # one scale for the whole weight is repeated for each channel
     yield "weight_scale", (_FLOATS, scale_shapes)
     if packed:
-        yield "weight_packed", (("I32",), tuple((out, width) for width in widths(inn, weight.bits)))
+        yield "weight_packed", (("I32",), ((out, width(inn, weight.bits, padded)),))
         yield "weight_shape", (("I64",), ((2,),))
         if not weight.symmetric:
-            zero_shapes = tuple((width, groups) for width in widths(out, weight.bits))
-            yield "weight_zero_point", (("I32",), zero_shapes)
+            yield "weight_zero_point", (("I32",), ((width(out, weight.bits, padded), groups),))
     else:
         yield "weight", (("I8",), ((out, inn),))
         if not weight.symmetric:
