@@ -130,8 +130,9 @@ def quantize_weight(
     """Round a float weight [out, in] to the nearest codes of ``scheme``.
 
     scale_dtype: dtype in which scales are stored (default: the weight's). observer: "minmax" takes the range of each
-    group, "mse" searches the shrunk range of least squared error. The weight must be finite; rows are worked on in
-    chunks, so temporaries stay small.
+    group, "mse" searches the shrunk range of least squared error. The weight must be finite; asymmetric codes can stand
+    for up to half a step more than its largest element, which float16 scales cannot express above some 30 000. Rows are
+    worked on in chunks, so temporaries stay small.
     """
     weight_type, scale_dtype = scheme.weight, scale_dtype or weight.dtype
     out, inn = weight.shape
