@@ -43,7 +43,8 @@ def save(
     """Write ``model`` into the folder ``path``, readable by ``load``, and in its format by transformers and vLLM.
 
     A transformers model gets config.json, generation_config.json and the tokenizer files of where it came from; any
-    other module gets qcompile.json, and ``load`` needs the float module. Float parts keep their dtype.
+    other module gets qcompile.json, and ``load`` needs the float module. Float parts keep their dtype. transformers
+    5.23 reads asymmetric weights of anyone's making with ``CompressedTensorsConfig(dequantize=True)`` only.
 
     Tensors are written one by one. The folder appears under its name when it is complete; until then an old one stays
     as it was, whatever happens. Raises ConfigError when ``path`` exists and ``overwrite`` is not set, UnsupportedError
@@ -181,7 +182,7 @@ class _Survey:
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{folder.path}: {error}") from None
         self.stored = {site.name: site for site in stored}
-        self.slots = skeleton.slots(self.model, without={f"{name}.weight" for name in self.stored})
+        self.slots = skeleton.slots(self.model, {self.model.get_submodule(name) for name in self.stored})
         notes = self._check_names()
         self.plan = self._plan(walked, backend, notes)
 

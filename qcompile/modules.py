@@ -58,7 +58,7 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children would skip a second name
             if child is old:
                 setattr(parent, name, new)
 

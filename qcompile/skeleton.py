@@ -151,15 +151,17 @@ class Slot:
                 module._buffers[key] = tensor
 
 
-def slots(model: nn.Module, without: Container[str] = ()) -> list[Slot]:
-    """The slots of ``model``, in its order, without tensors of a QuantLinear and without the names in ``without``."""
+def slots(model: nn.Module, replaced: Container[nn.Module] = ()) -> list[Slot]:
+    """The slots of ``model``, in its order: none for a QuantLinear, nor for the weight of a module in ``replaced``."""
     found: dict[Any, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
             continue
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             name = f"{prefix}.{key}".lstrip(".")
-            if tensor is None or key in module._non_persistent_buffers_set or name in without:
+            if tensor is None or key in module._non_persistent_buffers_set:
+                continue
+            if key == "weight" and module in replaced:
                 continue
             slot = found.setdefault(_identity(tensor), Slot(tensor))
             slot.names.append(name)
