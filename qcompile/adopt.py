@@ -41,12 +41,16 @@ def _compiler(context: Any) -> Any:
 
 
 def _dynamic_by_default(context: Any) -> None:
-    import torch._dynamo.config as config
+    import torch._dynamo.config as dynamo
+    import torch.fx.experimental._config as shapes
 
-    settings: dict[str, Any] = {"specialize_float": True}
+    # cached lengths, batch modes and masks each have a graph of their own; eight, the default limit, is soon reached
+    settings: dict[str, Any] = {"specialize_float": True, "recompile_limit": 64}
     if context._dynamic is None:
         settings["assume_static_by_default"] = False
-    context.enter_exit_hooks.append(config._make_closure_patcher(**settings))
+        # a batch of 2 on a model with 2 heads must not tie the one size to the other
+        context.enter_exit_hooks.append(shapes._make_closure_patcher(use_duck_shape=False))
+    context.enter_exit_hooks.append(dynamo._make_closure_patcher(**settings))
 
 
 def _generate_compiled(compiled: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ no change to the model, and side effects (KV caches) are already part of the gra
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -207,18 +208,26 @@ def _missing_symbols(module: GraphModule, nodes: Sequence[Node]) -> list[Node]:
 
 
 def _structure(piece: Piece) -> Any:
-    """What makes two pieces the same: operations, constants, and the shapes, strides and types of their inputs."""
+    """What makes two pieces the same: operations, constants, and the shapes, strides and types of all values.
+
+    Sizes are compared up to their names: each layer's cache may have a length of its own, under the same conditions.
+    """
     numbers = {node: i for i, node in enumerate(piece.module.graph.nodes)}
+    symbols: dict[str, str] = {}
+
+    def renamed(text: str) -> str:
+        return _SYMBOL.sub(lambda match: symbols.setdefault(match[0], f"size{len(symbols)}"), text)
 
     def plain(value: Any) -> Any:
         return ("node", numbers[value]) if isinstance(value, Node) else str(value)
 
     def described(value: Any) -> str:
         if isinstance(value, Tensor):
-            return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}{value.storage_offset()}"
-        return str(value)
+            text = f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}{value.storage_offset()}"
+            return renamed(text)
+        return renamed(str(value))
 
-    key = []
+    key: list[Any] = []
     for node in piece.module.graph.nodes:
         flat, spec = pytree.tree_flatten((node.args, node.kwargs))
         target: Any = "" if node.op in ("placeholder", "output") else str(node.target)
@@ -226,7 +235,24 @@ def _structure(piece: Piece) -> Any:
             target = id(_attribute(piece.module, str(node.target)))
         value = pytree.tree_map(described, node.meta.get("val"))
         key.append((node.op, target, tuple(plain(item) for item in flat), str(spec), str(value)))
+    for condition in sorted(_conditions(piece)):
+        if set(_SYMBOL.findall(condition)) <= symbols.keys():
+            key.append(renamed(condition))
     return tuple(key)
+
+
+_SYMBOL = re.compile(r"\b[suz][a-z]*\d+\b")  # s0, u3, zuf1: how ShapeEnv names its sizes
+
+
+def _conditions(piece: Piece) -> set[str]:
+    """What the tracer assumed about sizes (guards, ranges): code that was compiled under them may rely on them."""
+    values = [node.meta.get("val") for node in piece.module.graph.nodes if node.op == "placeholder"]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, Tensor) else [v]) if isinstance(s, SymInt)]
+    if not sizes:
+        return set()
+    environment = sizes[0].node.shape_env
+    ranges = {f"{symbol} in {bounds}" for symbol, bounds in environment.var_to_range.items()}
+    return ranges | {str(guard.expr) for guard in environment.guards}
 
 
 def _chain(
