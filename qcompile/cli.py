@@ -7,7 +7,6 @@ usage, 130 interrupted. Everything heavy is imported inside the commands, so tha
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,24 +29,34 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False)
+]
+    Path,
+    typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
-
-COMPANIONS = (
-    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "heldout.safetensors",
-)  # fmt: skip
 
 
 def main() -> None:
     """Entry point of ``qcompile``."""
     try:
         app()
-    except QcompileError as error:
-        _stderr().print("[bold red]error:[/]", _escaped(" ".join(str(error).split())), style="red")
+    except Exception as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        _stderr().print(f"error: {' '.join(str(explained).split())}", style="bold red", markup=False)
         raise SystemExit(1) from None
+
+
+def _explained(error: BaseException | None) -> QcompileError | None:
+    """The error that qcompile raised on purpose, also from inside a compilation, where Dynamo wraps it."""
+    while error is not None and not isinstance(error, QcompileError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error
 
 
 @app.callback(invoke_without_command=True)
@@ -134,17 +143,12 @@ def quantize(
 
     import qcompile
 
-    from . import models
     from .reporting import report_dict, report_html
 
-    model = models.load_float(path, device)
+    model = qcompile.load(path, device=device)
     qcompile.quantize(model, settings, device=device)
     facts = qcompile.report(model)
     qcompile.save(model, out, overwrite=overwrite)
-    for pattern in COMPANIONS:
-        for file in path.glob(pattern):
-            if not (out / file.name).exists():
-                shutil.copy2(file, out / file.name)
     if report:
         _write(report, report_html(facts))
     if as_json:
@@ -172,9 +176,11 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    import qcompile
+
     from . import models
 
-    model, tokenizer = models.load_any(path, device), models.load_tokenizer(path)
+    model, tokenizer = qcompile.load(path, device=device), models.load_tokenizer(path)
     if compile:
         model = torch.compile(model, backend="qcompile")  # type: ignore[assignment]
     inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
@@ -195,7 +201,7 @@ def generate(
 def evaluate(
     path: Checkpoint,
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to measure on (default: heldout.safetensors beside the model).")
+        Path | None, typer.Option(help="UTF-8 text to measure on (default: heldout.safetensors beside a model).")
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Float checkpoint to compare with: adds the divergence of predictions.")
@@ -206,16 +212,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a quantized or float model, and how far it is from a reference."""
+    import qcompile
+
     from . import evaluation, models
 
-    ids = models.text_ids(text, models.load_tokenizer(path)) if text else models.held_out_ids(path)
+    beside = [path, reference] if reference else [path]
+    ids = models.text_ids(text, models.load_tokenizer(path)) if text else models.held_out_ids(*beside)
     ids = ids[:max_tokens]
-    model = models.load_any(path, device)
+    model = qcompile.load(path, device=device)
     facts: dict[str, Any] = {"tokens": len(ids) // sequence * sequence, "sequence": sequence}
     with _stderr().status("measuring perplexity"):
         facts["perplexity"] = evaluation.perplexity(model, ids, sequence)
     if reference:
-        float_model = models.load_any(reference, device)
+        float_model = qcompile.load(reference, device=device)
         with _stderr().status("comparing with the reference"):
             facts["reference_perplexity"] = evaluation.perplexity(float_model, ids, sequence)
             facts["divergence"] = evaluation.divergence(model, float_model, ids, sequence)
@@ -249,12 +258,6 @@ def _stderr() -> Any:
     from rich.console import Console
 
     return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _progress() -> Any:

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +73,25 @@ class _Clock:
         """Nothing to flush."""
 
 
-def tokens_per_second(model: nn.Module, prompt_ids: Tensor, new_tokens: int) -> float:
+def tokens_per_second(model: Any, prompt_ids: Tensor, new_tokens: int, **options: Any) -> float:
     """Speed of greedy decoding by ``model.generate``, without the prompt: one over the median time of a token.
 
-    Runs once before, so that compilation is not counted; the median forgives a neighbour's burst of load.
+    Runs once before, so that compilation is not counted; the median forgives a neighbour's burst of load. ``options``
+    go to ``generate``.
     """
     if new_tokens < 2:
         raise ConfigError(f"new_tokens must be at least 2 to measure the time between tokens, not {new_tokens}")
     prompt = prompt_ids.reshape(1, -1)
     clock = _Clock()
     for streamer in (None, clock):
-        model.generate(  # type: ignore[operator]
+        model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             streamer=streamer,
             do_sample=False,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
+            **options,
         )
     times = clock.times[1:]
     return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(times))

@@ -97,19 +97,22 @@ class Row:
     sqnr: str
 
 
+Box = tuple[tuple[int, ...], ...]  # per number of a name, the values it takes
+
+
 def merge_names(names: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Merge names that differ in their numbers: (label, indices of the names it stands for), in order of appearance.
 
     A label always stands for exactly its names: experts that exist in some layers only get their own row.
     """
-    families: dict[str, dict[tuple[tuple[int, ...], ...], list[int]]] = defaultdict(dict)
+    families: dict[str, dict[Box, list[int]]] = defaultdict(dict)
     for index, name in enumerate(names):
         numbers = tuple((int(n),) for n in NUMBER.findall(name))
         families[NUMBER.sub("{}", name)].setdefault(numbers, []).append(index)
     merged = []
     for template, boxes in families.items():
         for axis in reversed(range(template.count("{}"))):
-            along: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = defaultdict(list)
+            along: dict[Box, list[Box]] = defaultdict(list)
             for box in boxes:
                 along[box[:axis] + box[axis + 1 :]].append(box)
             boxes = {
