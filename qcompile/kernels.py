@@ -101,7 +101,7 @@ def choose(backend: Backend, site: Site, scheme: Scheme) -> tuple[Kernel | None,
 
     With no kernel at all the reason lists every refusal.
     """
-    refusals = []
+    refusals: list[str] = []
     for kernel in backend.kernels:
         reason = kernel.refuses(site, scheme)
         if not reason:
