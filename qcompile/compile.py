@@ -61,7 +61,7 @@ def backend(
     elif not own.allow_float:
         _refuse_float(module)
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
-    compiler = _Inner(own, tensors, " ".join(str(list(x.shape)) for x in example_inputs if hasattr(x, "fake_mode")))
+    compiler = _Inner(own, tensors)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         return compile_fx(module, list(example_inputs), inner_compile=compiler, config_patches=inductor)
 
@@ -113,8 +113,8 @@ def _refuse_float(module: GraphModule) -> None:
 class _Inner:
     """``inner_compile`` of compile_fx: passes, cut, Inductor."""
 
-    def __init__(self, options: Options, tensors: Sequence[Tensor], inputs: str) -> None:
-        self.options, self.tensors, self.inputs = options, tensors, inputs
+    def __init__(self, options: Options, tensors: Sequence[Tensor]) -> None:
+        self.options, self.tensors = options, tensors
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any], **kwargs: Any):
         started = time.perf_counter()
@@ -124,7 +124,8 @@ class _Inner:
         compiled, regions, distinct = self._compile(module, example_inputs, kwargs)
         seconds = time.perf_counter() - started
         nodes = len(module.graph.nodes)
-        remember_graph(GraphRecord(self.inputs, nodes, tuple(records), regions, distinct, seconds), self.tensors)
+        record = GraphRecord(_dynamic_inputs(module), nodes, tuple(records), regions, distinct, seconds)
+        remember_graph(record, self.tensors)
         return compiled
 
     def _run_passes(self, module: GraphModule) -> list[PassRecord]:
@@ -152,6 +153,17 @@ class _Inner:
 
         function, distinct = compile_pieces(pieces, module, compile_one)
         return function, len(pieces), distinct
+
+
+def _dynamic_inputs(module: GraphModule, limit: int = 3) -> str:
+    """Shapes of the first inputs that are not weights: integers, or of symbolic size."""
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    shapes = [
+        f"[{', '.join(map(str, v.shape))}]"
+        for v in values
+        if isinstance(v, Tensor) and (v.dtype == torch.int64 or any(not isinstance(s, int) for s in v.shape))
+    ]
+    return " ".join(shapes[:limit]) + (" ..." if len(shapes) > limit else "")
 
 
 @contextmanager

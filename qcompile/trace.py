@@ -112,7 +112,7 @@ def _shadow(model: nn.Module, mode) -> nn.Module:
 
 def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphModule:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.export import Dim, export
+    from torch.export import export
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -123,14 +123,14 @@ def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphMo
         if example_inputs is None:
             wrapped: nn.Module = _Logits(shadow)
             with mode:
-                inputs: tuple[Any, ...] = (torch.zeros((2, 16), dtype=torch.long),)
-            dynamic: Any = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+                inputs: tuple[Any, ...] = (example_input_ids(),)
+            dynamic: Any = (input_dims(inputs[0]),)
         else:
             wrapped = _Call(shadow)
             inputs = tuple(
                 mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in example_inputs
             )
-            dynamic = (tuple(_dynamic_dims(x) for x in example_inputs),)
+            dynamic = (tuple(input_dims(x) for x in example_inputs),)
         with mode, torch.no_grad():
             program = export(wrapped, inputs, dynamic_shapes=dynamic, strict=False)
         return program.module(check_guards=False)
@@ -140,12 +140,19 @@ def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphMo
         model.train(was_training)
 
 
-def _dynamic_dims(value: Any) -> dict[int, Any] | None:
+def example_input_ids() -> Tensor:
+    """Token ids [2, 16], from which a language model is traced."""
+    return torch.zeros((2, 16), dtype=torch.long)
+
+
+def input_dims(value: Any) -> dict[int, Any] | None:
+    """Dynamic dimensions of an input: both of token ids, all but the last (at most two) of anything else."""
     from torch.export import Dim
 
-    if not isinstance(value, Tensor) or value.dim() < 2:
+    if not isinstance(value, Tensor):
         return None
-    return {dim: Dim.AUTO for dim in range(min(2, value.dim() - 1)) if value.shape[dim] > 1}
+    count = value.dim() if not value.is_floating_point() else value.dim() - 1
+    return {dim: Dim.AUTO for dim in range(min(2, count)) if value.shape[dim] > 1}
 
 
 _HINTS = {
@@ -215,7 +222,8 @@ def attribute(module: GraphModule, graph: torch.fx.Graph, name: str, tensor: Ten
             owner.add_module(part, nn.Module())
         owner = getattr(owner, part)
     if leaf not in owner._buffers:
-        owner.register_buffer(leaf, torch.empty_like(tensor, device="meta"))
+        mode = next(v.fake_mode for n in graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+        owner.register_buffer(leaf, mode.from_tensor(tensor, static_shapes=True))
     node = graph.get_attr(".".join([*path, leaf]))
     node.meta["val"] = owner._buffers[leaf]
     return node
@@ -234,10 +242,24 @@ def bind(graph: GraphModule, model: nn.Module) -> GraphModule:
     return GraphModule(bound, copy.deepcopy(graph.graph))
 
 
+def find_roles(graph: GraphModule) -> dict[Node, str]:
+    """Role of every linear node of an exported graph or of one of Dynamo's: "linear", "lm_head" or "router"."""
+    nodes = list(graph.graph.nodes)
+    vocabulary = {
+        _tensor(node.args[1 if _is_functional(node) else 0]).shape[0] for node in nodes if _is(node, "embedding")
+    }
+    return {node: _role(node, vocabulary) for node in nodes if node.op == "call_function" and node.target in _LINEAR}
+
+
+def _is_functional(node: Node) -> bool:
+    """torch.nn.functional.embedding takes (ids, weight), aten.embedding (weight, ids)."""
+    return not isinstance(node.target, torch._ops.OpOverload)
+
+
 def _find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
     tied = _parameter_names(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    vocabulary = {_tensor(node.args[0]).shape[0] for node in graph.graph.nodes if _is(node, "embedding")}
+    roles = find_roles(graph)
     sites: dict[str, Site] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function":
@@ -245,7 +267,7 @@ def _find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
         name = module_name(node)
         if node.target in _LINEAR:
             module = modules.get(name)
-            role = _role(node, vocabulary)
+            role = roles[node]
             if isinstance(module, nn.Linear):
                 if name not in sites:
                     sites[name] = _site(name, module, role, tied, node)

@@ -1,0 +1,122 @@
+"""Quantize a float model while it is compiled: ``torch.compile(model, backend="qcompile", options={"config": ...})``.
+
+Dynamo's graph is rewritten by the same pass as an exported one. Weights are packed at the first compilation and shared
+by all later graphs of the same parameters; the caller's module keeps its float ones, which the report says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import numerics, plugins
+from .config import QuantConfig
+from .errors import ConfigError
+from .modules import QuantLinear
+from .planning import make_plan
+from .records import remember_float
+from .trace import find_roles, module_name
+from .types import PassRecord, Plan, PlannedSite, Report, Site, SiteResult
+from .verify import run_pass
+
+
+@dataclass(frozen=True)
+class _Packed:
+    module: QuantLinear
+    result: SiteResult
+
+
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # float parameter -> {(scheme, method, options, kernel): _Packed}
+
+
+def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], config: QuantConfig) -> None:
+    """Rewrite one of Dynamo's graphs in place; its weights must be real tensors among ``example_inputs``.
+
+    A graph without Linears (after a graph break) is left as it is. Raises like ``qcompile.quantize``.
+    """
+    from .passes.quantize_linear import LINEARS, QuantizeLinear
+
+    started = time.perf_counter()
+    values = dict(zip((n for n in module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
+    calls = [node for node in module.graph.nodes if node.op == "call_function" and node.target in LINEARS]
+    if not calls:
+        return
+    roles = find_roles(module)
+    weights: dict[str, Tensor] = {}
+    sites: dict[str, Site] = {}
+    for node in calls:
+        site, weight = _site(node, values, roles[node])
+        sites.setdefault(site.name, site)
+        if weight is not None:
+            weights[site.name] = weight
+    plan = make_plan(config, sites.values(), next(iter(weights.values())).device.type if weights else "cpu")
+    packed = {p.site.name: _pack(p, weights[p.site.name]) for p in plan.quantized}
+
+    def tensors(planned: PlannedSite, node: Node) -> list[Node]:
+        found = []
+        for name, tensor in packed[planned.site.name].module.named_buffers():
+            attribute = f"{planned.site.name}_{name}".replace(".", "_")
+            if not hasattr(module, attribute):
+                _add_weight(module, attribute, tensor)
+            found.append(node.graph.get_attr(attribute))
+        return found
+
+    rewrite = QuantizeLinear(module_name, {p.site.name: p for p in plan.quantized}, tensors)
+    record = run_pass(rewrite, module)
+    _remember(plan, packed, record, weights, time.perf_counter() - started)
+
+
+def _add_weight(module: GraphModule, name: str, tensor: Tensor) -> None:
+    """Give one of Dynamo's graphs another weight; AOTAutograd wants to know where each came from."""
+    from torch._dynamo.source import SyntheticLocalSource
+
+    module.register_buffer(name, tensor)
+    if hasattr(module, "_param_name_to_source"):
+        module._param_name_to_source[name] = SyntheticLocalSource(name)  # type: ignore[index, operator]
+
+
+def _site(node: Node, values: dict[Node, Any], role: str) -> tuple[Site, Tensor | None]:
+    source, bias = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    weight = values.get(source) if isinstance(source, Node) else None
+    name = module_name(node)
+    if not isinstance(weight, nn.Parameter) or hasattr(weight, "fake_mode"):
+        return Site(name, role, 0, 0, torch.float32, obstacle="its weight is computed in the graph"), None
+    tied = "" if len(source.users) == 1 else "another use of its parameter"  # type: ignore[union-attr]
+    rows, columns = weight.shape
+    return Site(name, role, rows, columns, weight.dtype, has_bias=bias is not None, tied_to=tied), weight
+
+
+def _pack(planned: PlannedSite, weight: Tensor) -> _Packed:
+    """Quantize ``weight`` once per (scheme, method, options, kernel), however many graphs read it."""
+    packed = _PACKED.setdefault(weight, {})
+    key = (planned.scheme, planned.method, planned.options, planned.kernel)
+    if key not in packed:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        assert planned.scheme is not None
+        with unset_fake_temporarily(), torch.no_grad():
+            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+                raise ConfigError(f"the weight of {planned.site.name} holds NaN or infinite values")
+            method = plugins.find("methods", planned.method)
+            canonical = method.quantize(weight.detach(), planned.scheme, dict(planned.options))
+            sqnr = numerics.signal_to_noise(weight.detach(), canonical)
+            quantized = QuantLinear(canonical, None, planned.kernel, planned.site.dtype)
+        size = sum(t.numel() * t.element_size() for t in quantized.tensors())
+        packed[key] = _Packed(quantized, SiteResult(planned, size, sqnr))
+    return packed[key]
+
+
+def _remember(
+    plan: Plan, packed: dict[str, _Packed], record: PassRecord, weights: dict[str, Tensor], seconds: float
+) -> None:
+    results = tuple(packed[p.site.name].result if p.quantized else SiteResult(p, p.site.float_bytes) for p in plan)
+    note = "quantized while compiling: the caller's module keeps its float weights beside the packed ones"
+    report = Report("compiled float model", plan, results, seconds=seconds, passes=(record,), notes=(note,))
+    remember_float(report, list(weights.values()))
