@@ -30,8 +30,6 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False)
-]
     Path,
     typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False),
 ]
