@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
     inputs = (example_input_ids(),) if example_inputs is None else example_inputs
     dims = tuple(input_dims(x) for x in inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)  # torch warns about itself
             program = export(bound, inputs, dynamic_shapes=dims, strict=False)
     except Exception as error:
         raise TraceError(f"the lowered graph of {type(model).__name__} cannot be exported again: {error}") from error

@@ -22,6 +22,10 @@ class Kernel:
 
     name = "reference"
 
+    def computes(self, scheme: Scheme) -> bool:
+        """Whether this kernel is about such numbers at all; if not, its refusal is no news."""
+        return True
+
     def refuses(self, site: Site, scheme: Scheme) -> str:
         """Why this kernel cannot run ``site`` under ``scheme``; "" when it can."""
         return ""
@@ -97,14 +101,14 @@ class Backend(Protocol):
 
 
 def choose(backend: Backend, site: Site, scheme: Scheme) -> tuple[Kernel | None, str]:
-    """The first kernel of ``backend`` that can run ``site``, and why each better one cannot.
+    """The first kernel of ``backend`` that can run ``site``, and why each better one for this scheme cannot.
 
     With no kernel at all the reason lists every refusal.
     """
-    refusals: list[str] = []
-    for kernel in backend.kernels:
-        reason = kernel.refuses(site, scheme)
-        if not reason:
-            return kernel, "; ".join(refusals)
-        refusals.append(f"{kernel.name}: {reason}")
-    return None, "; ".join(refusals) or f"backend {backend.name} has no kernels"
+    refusals = [(kernel, kernel.refuses(site, scheme)) for kernel in backend.kernels]
+    chosen = next((kernel for kernel, reason in refusals if not reason), None)
+    if chosen is None:
+        every = "; ".join(f"{kernel.name}: {reason}" for kernel, reason in refusals)
+        return None, every or f"backend {backend.name} has no kernels"
+    better = refusals[: [kernel for kernel, _ in refusals].index(chosen)]
+    return chosen, "; ".join(f"{k.name}: {reason}" for k, reason in better if k.computes(scheme))

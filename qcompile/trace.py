@@ -239,7 +239,10 @@ def bind(graph: GraphModule, model: nn.Module) -> GraphModule:
             if name not in tensors:
                 raise TraceError(f"the graph reads {name!r}, which is no parameter or buffer of {type(model).__name__}")
             bound[node.target] = tensors[name]
-    return GraphModule(bound, copy.deepcopy(graph.graph))
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    copied.set_codegen(graph.graph._codegen)
+    return GraphModule(bound, copied)
 
 
 def find_roles(graph: GraphModule) -> dict[Node, str]:

@@ -324,3 +324,9 @@ class State:
     plan: Plan
     report: Report
     graph: torch.fx.GraphModule | None = field(default=None, repr=False)
+
+    def __deepcopy__(self, memo: dict) -> State:
+        return State(self.plan, self.report, self.graph)  # nothing in it is ever changed, and the graph has no weights
+
+    def __getstate__(self) -> dict:
+        return {"plan": self.plan, "report": self.report, "graph": None}  # traced again when it is needed

@@ -43,8 +43,11 @@ class Int4Pack(Kernel):
 
     name = "int4pack"
 
+    def computes(self, scheme: Scheme) -> bool:
+        return scheme.weight.bits == 4 and not scheme.activation
+
     def refuses(self, site: Site, scheme: Scheme) -> str:
-        if scheme.weight.bits != 4 or scheme.activation:
+        if not self.computes(scheme):
             return f"computes int4 weights with float activations, not {scheme}"
         if site.dtype not in _REDUCED:
             return f"fast in bfloat16 and float16 only, not {site.dtype}"
@@ -124,9 +127,12 @@ class Int8Pack(Kernel):
     name = "int8pack"
     column_multiple = 32
 
+    def computes(self, scheme: Scheme) -> bool:
+        return scheme.weight.bits == 8 and not scheme.activation
+
     def refuses(self, site: Site, scheme: Scheme) -> str:
         weight = scheme.weight
-        if weight.bits != 8 or scheme.activation:
+        if not self.computes(scheme):
             return f"computes int8 weights with float activations, not {scheme}"
         if weight.group_size is not None or not weight.symmetric:
             return "computes symmetric weights with one scale per output channel only"
@@ -156,13 +162,20 @@ class Int8Pack(Kernel):
 
 
 class Int8Dynamic(Int8Pack):
-    """int8 weights per output channel and int8 activations per token: ``aten::_int_mm``; same tensors as int8pack."""
+    """int8 weights per output channel and int8 activations per token: ``aten::_int_mm``; same tensors as int8pack.
+
+    A single row must have the strides of a matrix: ``_int_mm`` takes (0, 1), which Inductor gives to a view of one token,
+    and returns garbage (torch 2.13). The clamp changes no number; fused into the quantization, it is a buffer of its own.
+    """
 
     name = "int8_dynamic"
     column_multiple = 1
 
+    def computes(self, scheme: Scheme) -> bool:
+        return scheme.activation is not None
+
     def refuses(self, site: Site, scheme: Scheme) -> str:
-        return "" if scheme.activation else f"computes quantized activations, not {scheme}"
+        return "" if self.computes(scheme) else f"computes quantized activations, not {scheme}"
 
     def scaled_linear(
         self,
@@ -177,6 +190,6 @@ class Int8Dynamic(Int8Pack):
         signed, channel_scale, *permutation = weight
         if permutation:
             codes = codes.index_select(-1, permutation[0])
-        rows = codes.reshape(-1, codes.shape[-1])
+        rows = codes.reshape(-1, codes.shape[-1]).clamp(min=-128)
         total = torch._int_mm(rows, signed.t()).reshape(*codes.shape[:-1], out)
         return finish_scaled(total, scale, channel_scale, bias, dtype)
