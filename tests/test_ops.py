@@ -112,18 +112,38 @@ def test_export_keeps_dynamic_shapes_and_one_op_per_module(scheme, kernel, dtype
         assert torch.equal(program.module()(x), module(x))
 
 
-@each_case
-def test_kernels_are_traceable_with_symbolic_shapes(scheme, kernel, dtype):
-    """The pass ``lower`` traces a kernel's own operations; they must not depend on the number of rows."""
-    tensors, found = quant_linear(scheme, kernel, dtype).tensors(), ops.find_kernel(kernel)
+def kernel_call(scheme: str, kernel: str, dtype: torch.dtype):
+    """A kernel's own operations as a function of x: what the pass ``lower`` puts into a graph."""
+    tensors, found, parsed = (
+        quant_linear(scheme, kernel, dtype).tensors(),
+        ops.find_kernel(kernel),
+        Scheme.parse(scheme),
+    )
 
     def compute(x):
-        if Scheme.parse(scheme).activation:
+        if parsed.activation:
             codes, scale = numerics.quantize_per_token(x)
-            return found.scaled_linear(codes, scale, tensors, None, Scheme.parse(scheme), OUT, dtype)
-        return found.linear(x, tensors, None, Scheme.parse(scheme), OUT)
+            return found.scaled_linear(codes, scale, tensors, None, parsed, OUT, dtype)
+        return found.linear(x, tensors, None, parsed, OUT)
 
+    return compute
+
+
+@each_case
+def test_kernels_are_traceable_with_symbolic_shapes(scheme, kernel, dtype):
+    compute = kernel_call(scheme, kernel, dtype)
     graph = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(4, 5, IN, dtype=dtype))
     assert not any("qcompile" in str(node.target) for node in graph.graph.nodes)
     x = torch.randn(6, 3, IN, dtype=dtype)
     assert torch.equal(graph(x), compute(x))
+
+
+@each_case
+def test_kernels_compute_the_same_when_inductor_compiles_them(scheme, kernel, dtype, fresh_dynamo):
+    """One token above all: Inductor gives its views strides that ATen's kernels never see in eager mode."""
+    compute = kernel_call(scheme, kernel, dtype)
+    compiled = torch.compile(compute)
+    for shape in ((1, 1, IN), (IN,), (2, 3, IN), (3, 5, IN)):
+        x = torch.randn(shape, dtype=dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), compute(x), atol=0.1, rtol=0.02)

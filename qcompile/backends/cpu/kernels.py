@@ -164,8 +164,8 @@ class Int8Pack(Kernel):
 class Int8Dynamic(Int8Pack):
     """int8 weights per output channel and int8 activations per token: ``aten::_int_mm``; same tensors as int8pack.
 
-    A single row must have the strides of a matrix: ``_int_mm`` takes (0, 1), which Inductor gives to a view of one token,
-    and returns garbage (torch 2.13). The clamp changes no number; fused into the quantization, it is a buffer of its own.
+    A single row must have the strides of a matrix: ``_int_mm`` returns garbage for (0, 1), which Inductor gives to the
+    view of one token (torch 2.13). The clamp changes no number and gives the rows a buffer of their own.
     """
 
     name = "int8_dynamic"
