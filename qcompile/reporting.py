@@ -215,9 +215,10 @@ def _site_tables(results: Sequence[SiteResult]) -> list[str]:
 
 def footnotes(quantized: Sequence[Row]) -> tuple[list[str], list[str]]:
     """Reasons told once, below a table: a mark per row, and the notes. One reason for all rows needs no marks."""
-    reasons = list(dict.fromkeys(row.reason for row in quantized if row.reason))
-    if len(reasons) < 2:
-        return [""] * len(quantized), [f"why: {reason}" for reason in reasons]
+    if len({row.reason for row in quantized}) < 2:
+        only = quantized[0].reason if quantized else ""
+        return [""] * len(quantized), [f"why: {only}"] if only not in ("", "default") else []
+    reasons = [reason for reason in dict.fromkeys(row.reason for row in quantized) if reason]
     marks = [f"[{reasons.index(row.reason) + 1}]" if row.reason else "" for row in quantized]
     return marks, [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
 
