@@ -33,7 +33,7 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
     dims = tuple(input_dims(x) for x in inputs)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)  # torch warns about itself
+            warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)  # torch about itself
             program = export(bound, inputs, dynamic_shapes=dims, strict=False)
     except Exception as error:
         raise TraceError(f"the lowered graph of {type(model).__name__} cannot be exported again: {error}") from error

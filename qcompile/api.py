@@ -85,6 +85,7 @@ def quantize(
         passes=(record,) if record else (),
         notes=notes,
     )
+    model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     model._qcompile = State(decided, report_, graph)  # type: ignore[assignment]
     gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
     return model
