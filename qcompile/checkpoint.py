@@ -7,8 +7,9 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ from .kernels import Backend, choose
 from .modules import QuantLinear, quantized_modules, replace_module
 from .planning import find_backend
 from .progress import progress_bar
-from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, shortened, write_json
+from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, read_json, shortened, write_json
 from .trace import walk
-from .types import PackedWeight, Plan, PlannedSite, Report, Site, SiteResult, State
+from .types import PackedWeight, Plan, PlannedSite, Report, Scheme, Site, SiteResult, State
 
 STORED = "stored"  # the method of a site that came from a checkpoint
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -53,7 +54,7 @@ def save(
     model = getattr(model, "_orig_mod", model)
     writer_format, modules = _find_format(format), quantized_modules(model)
     for name, module in modules.items():
-        if reason := writer_format.refuses(module.scheme):
+        if reason := writer_format.refuses(module.scheme, (module.out_features, module.in_features)):
             raise UnsupportedError(f"{name} ({module.scheme}) cannot be saved as {format}: {reason}")
     is_transformers = skeleton.is_transformers(model)
     if is_transformers:
@@ -62,6 +63,9 @@ def save(
     if on_meta := [name for name, tensor in floats.items() if tensor.is_meta]:
         raise ConfigError(f"{shortened(on_meta)} is on the meta device: load the weights before saving")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if modules:
+        planned = [StoredSite(n, m.scheme, (m.out_features, m.in_features), ()) for n, m in modules.items()]
+        writer_format.quantization_config(planned, linears)
     room = 4096 + sum(len(name) + 200 for name in floats) + 8 * sum(len(name) + 200 for name in modules)
 
     with new_folder(Path(path), overwrite) as folder:
@@ -71,6 +75,8 @@ def save(
         finally:
             writer.close()
         section = writer_format.quantization_config(sites, linears) if sites else None
+        for side_file in writer_format.side_files[:1] if section else ():
+            write_json(folder / side_file, section)
         if is_transformers:
             skeleton.copy_companions(model, folder)
             skeleton.write_config(model, folder, section, untied=skeleton.head_name(model) in modules)
@@ -94,14 +100,15 @@ def _write_tensors(
             advance(name)
         for name, module in modules.items():
             packed = _to(module.packed(), "cpu")
-            if reason := format.refuses(module.scheme, packed):
+            if reason := format.refuses(module.scheme, packed.shape, packed):
                 raise UnsupportedError(f"{name} ({module.scheme}) cannot be saved as {format.name}: {reason}")
             tensors = format.write(name, packed)
             for stored, tensor in tensors.items():
                 writer.add(stored, tensor)
             if module.bias is not None:
                 writer.add(f"{name}.bias", module.bias)
-            sites.append(StoredSite(name, module.scheme, packed.shape, tuple(tensors)))
+            layout = {"permuted": packed.permutation is not None}
+            sites.append(StoredSite(name, module.scheme, packed.shape, tuple(tensors), layout))
             advance(name)
     writer.finish()
     return sites
@@ -166,7 +173,8 @@ class _Survey:
     ) -> None:
         self.folder, self.device, self.cast = folder, device, cast
         self.dtype = cast or _main_dtype(folder)
-        self.format = _detect(folder)
+        self.config = _with_side_file(folder)
+        self.format = _detect(folder, self.config)
         if model is None and folder.is_plain:
             raise ConfigError(
                 f"{folder.path} holds a plain module ({folder.config.get('model')}), not a transformers model: "
@@ -178,10 +186,11 @@ class _Survey:
         walked = [dataclasses.replace(site, dtype=self.dtype) for site in walk(self.model)]
         linears = {site.name: (site.out_features, site.in_features) for site in walked}
         try:
-            stored = self.format.sites(folder.config, folder.headers, linears) if self.format else ()
+            stored = self.format.sites(self.config, folder.headers, linears) if self.format else ()
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{folder.path}: {error}") from None
         self.stored = {site.name: site for site in stored}
+        self.empty_biases: list[str] = []
         self.slots = skeleton.slots(self.model, {self.model.get_submodule(name) for name in self.stored})
         notes = self._check_names()
         self.plan = self._plan(walked, backend, notes)
@@ -193,6 +202,8 @@ class _Survey:
         consumed = {name for site in self.stored.values() for name in site.tensors}
         patterns = [re.compile(pattern) for pattern in skeleton.ignored_patterns(self.model)]
         unknown = headers.keys() - consumed - expected.keys()
+        self.empty_biases = [name for site in self.stored if (name := f"{site}.bias") in unknown]  # AutoGPTQ's zeros
+        unknown -= set(self.empty_biases)
         ignored = {name for name in unknown if any(pattern.search(name) for pattern in patterns)}
         missing = [slot.names[0] for slot in self.slots if not headers.keys() & set(slot.names)]
         problems = [f"missing: {shortened(missing)}"] if missing else []
@@ -213,7 +224,7 @@ class _Survey:
         return (f"not part of the model, as transformers has it: {shortened(ignored)}",) if ignored else ()
 
     def _plan(self, sites: Sequence[Site], backend: Backend, notes: tuple[str, ...]) -> Plan:
-        planned, refusals = [], []
+        planned, refusals, rounded = [], [], Counter[str]()
         for site in sites:
             stored = self.stored.get(site.name)
             if stored is None or self.format is None:
@@ -225,6 +236,9 @@ class _Survey:
                 continue
             reason = f"stored as {self.format.name}" + (f"; {why_not}" if why_not else "")
             name, size = f"{backend.name}.{kernel.name}", kernel.nbytes(site, stored.scheme)
+            if _takes_scales(name, stored.scheme):
+                kinds = {self.folder.headers[tensor].dtype for tensor in stored.tensors}
+                rounded.update(kind for kind in kinds.intersection(_FLOATS) if DTYPES[kind] != site.dtype)
             planned.append(PlannedSite(site, stored.scheme, reason, method=STORED, kernel=name, bytes_after=size))
         if refusals:
             raise UnsupportedError(
@@ -232,12 +246,21 @@ class _Survey:
                 + "; ".join(refusals[:5])
                 + (" ..." if len(refusals) > 5 else "")
             )
+        notes += tuple(
+            f"the {kind} scales of {count} sites are rounded to {self.dtype}, in which the model computes; load with "
+            f"dtype={DTYPES[kind]} to keep them"
+            for kind, count in rounded.items()
+        )
         tensors = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         total = sum(t.numel() * (self.dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
         return Plan(self.device, tuple(planned), total - sum(site.float_bytes for site in sites), notes)
 
     def load_floats(self) -> None:
         """Read every tensor that belongs to no quantized site."""
+        for name in self.empty_biases:
+            if self.folder.read(name).any():
+                file = self.folder.path / self.folder.headers[name].file
+                raise FormatError(f"{file}: {name} is not zero, but that Linear of the model has no bias")
         for slot in self.slots:
             name, *copies = [name for name in slot.names if name in self.folder.headers]
             tensor = self.folder.read(name)
@@ -272,21 +295,38 @@ class _Survey:
         assert isinstance(linear, nn.Linear)
         try:
             packed = _fit(self.format.read(stored, self.folder.read), planned)
-        except FormatError as error:
+        except (FormatError, UnsupportedError) as error:
             file = self.folder.headers[stored.tensors[0]].file
-            raise FormatError(f"{self.folder.path / file}: {error}") from None
+            raise type(error)(f"{self.folder.path / file}: {error}") from None
         quantized = QuantLinear(_to(packed, self.device), linear.bias, planned.kernel, planned.site.dtype)
         replace_module(self.model, linear, quantized)
         return quantized
 
 
-def _detect(folder: Folder) -> Format | None:
+def _formats() -> list[Format]:
+    return [plugins.find("formats", name) for name in plugins.names("formats")]
+
+
+def _with_side_file(folder: Folder) -> dict[str, Any]:
+    """The config of a checkpoint, with the quantization section of a side file where it has none of its own."""
+    config = folder.config
+    text = config.get("text_config")
+    if "quantization_config" in config or (isinstance(text, Mapping) and "quantization_config" in text):
+        return config
+    for format in _formats():
+        for file in format.side_files:
+            if (folder.path / file).is_file():
+                return {**config, "quantization_config": {"quant_method": format.name, **read_json(folder.path / file)}}
+    return config
+
+
+def _detect(folder: Folder, config: Mapping[str, Any]) -> Format | None:
     """The format of a checkpoint, None for a float one."""
-    formats = [plugins.find("formats", name) for name in plugins.names("formats")]
-    found = [format for format in formats if format.detect(folder.config, folder.headers)]
+    formats = _formats()
+    found = [format for format in formats if format.detect(config, folder.headers)]
     if len(found) > 1:
         raise FormatError(f"{folder.path} looks like {' and '.join(f.name for f in found)}; it can only be one")
-    section = folder.config.get("quantization_config")
+    section = config.get("quantization_config")
     if not found and section:
         method = section.get("quant_method") if isinstance(section, dict) else None
         raise UnsupportedError(
@@ -311,12 +351,17 @@ def _fit(packed: PackedWeight, planned: PlannedSite) -> PackedWeight:
     The reference kernel multiplies in the scales' own dtype, as the checkpoint's author did; so it keeps them.
     """
     dtype = planned.site.dtype
-    if packed.scales.dtype == dtype or packed.scheme.activation or planned.kernel.endswith(".reference"):
+    if packed.scales.dtype == dtype or not _takes_scales(planned.kernel, packed.scheme):
         return packed
     scales = packed.scales.to(dtype)
     if not torch.isfinite(scales).all():
         raise FormatError(f"scales of {planned.site.name} are too large for {dtype}; load with another dtype=")
     return dataclasses.replace(packed, scales=scales)
+
+
+def _takes_scales(kernel: str, scheme: Scheme) -> bool:
+    """Whether a kernel wants its scales in the dtype of the activations."""
+    return not scheme.activation and not kernel.endswith(".reference")
 
 
 def _to(packed: PackedWeight, device: str) -> PackedWeight:

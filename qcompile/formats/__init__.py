@@ -32,7 +32,7 @@ class StoredSite:
     """One quantized module as it lies on disk.
 
     ``tensors`` are the full names of what ``Format.read`` consumes (or ``Format.write`` gave), the bias excluded.
-    ``layout`` holds what else the format must remember to read them.
+    ``layout`` holds what else the format must remember to read them; of a written one, whether it is "permuted".
     """
 
     name: str
@@ -43,9 +43,14 @@ class StoredSite:
 
 
 class Format(Protocol):
-    """How one format is recognised, read, written and described."""
+    """How one format is recognised, read, written and described.
+
+    side_files: JSON files with a copy of the quantization section. ``save`` writes the first; ``load`` looks for all of
+    them where config.json has no such section, and takes the format's name for a missing quant_method.
+    """
 
     name: str
+    side_files: tuple[str, ...]
 
     def detect(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> bool:
         """Whether a checkpoint with this config.json and these tensors is in this format."""
@@ -66,8 +71,8 @@ class Format(Protocol):
         """The canonical weight of ``site``; ``get`` loads a tensor by its stored name."""
         ...
 
-    def refuses(self, scheme: Scheme, packed: PackedWeight | None = None) -> str:
-        """Why this format cannot express a scheme (or this weight); "" when it can."""
+    def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
+        """Why this format cannot express a scheme of such a shape (or this weight); "" when it can."""
         ...
 
     def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
@@ -77,6 +82,7 @@ class Format(Protocol):
     def quantization_config(self, sites: Sequence[StoredSite], float_modules: Sequence[str]) -> dict[str, Any]:
         """What goes into config.json under "quantization_config", for the sites that were written.
 
-        float_modules: names of the Linears that were left float.
+        float_modules: names of the Linears that were left float. Called before anything is written as well, without
+        tensors: UnsupportedError for schemes that cannot be described together.
         """
         ...

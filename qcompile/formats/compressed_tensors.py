@@ -39,7 +39,7 @@ _VERSION = "0.18.0"  # the first with the dense bit stream for every width
 class CompressedTensors:
     """Reads and writes integer weights, and dynamic int8 activations per token."""
 
-    name = "compressed-tensors"
+    name, side_files = "compressed-tensors", ()
 
     def detect(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> bool:
         """Whether config.json says so; the same section lies under "compression_config" in old files."""
@@ -94,7 +94,7 @@ class CompressedTensors:
             codes = numerics.pack_codes(columns, weight.bits)
         return PackedWeight(site.scheme, site.shape, codes, scales, zeros, permutation)
 
-    def refuses(self, scheme: Scheme, packed: PackedWeight | None = None) -> str:
+    def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a scheme cannot be written; every scheme that qcompile has today can."""
         if scheme.activation and not scheme.activation.dynamic:
             return "static activation scales are not written yet"
