@@ -18,7 +18,8 @@ from .errors import CalibrationError, ConfigError, UnsupportedError
 from .modules import QuantLinear, quantized_modules, replace_module, state_of
 from .planning import find_backend, make_plan
 from .progress import progress_bar
-from .trace import attribute, module_name, trace, walk
+from .sites import first_names, module_name
+from .trace import attribute, trace, walk
 from .types import PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
 from .verify import run_pass
 
@@ -37,8 +38,10 @@ def plan(
     The plan can be printed, edited (``plan.override("*.down_proj", "w8a16")``) and given to ``quantize`` as its config.
     """
     _check_model(model)
-    sites, _ = _find_sites(model, as_config(config), example_inputs)
-    return make_plan(as_config(config), sites, device, _other_bytes(model, sites))
+    settings = as_config(config)
+    find_backend(device)
+    sites, _ = _find_sites(model, settings, example_inputs)
+    return make_plan(settings, sites, device, _other_bytes(model, sites))
 
 
 def quantize(
@@ -64,13 +67,13 @@ def quantize(
     started = time.perf_counter()
     _check_model(model)
     settings = None if isinstance(config, Plan) else as_config(config)
+    find_backend(config.device if isinstance(config, Plan) else device)
     sites, graph = _find_sites(model, settings, example_inputs)
     if settings is None:
         assert isinstance(config, Plan)
         decided = _checked_plan(config, sites)
     else:
         decided = make_plan(settings, sites, device, _other_bytes(model, sites))
-    find_backend(decided.device)
     _check_weights(model, decided)
 
     results = tuple(_quantize_sites(model, decided, progress))
@@ -153,10 +156,12 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = "; load it first, for example by AutoModelForCausalLM.from_pretrained" if isinstance(model, str) else ""
         raise ConfigError(f"expected a torch.nn.Module, not {type(model).__name__} {str(model)[:80]!r}{hint}")
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError(
-            "this model is already compiled: quantize first, then torch.compile(model, backend='qcompile')"
-        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ConfigError(
+                f"{name or 'this model'} is already compiled: quantize first, then "
+                "torch.compile(model, backend='qcompile')"
+            )
     if modules := quantized_modules(model):
         raise ConfigError(
             f"{type(model).__name__} is already quantized ({next(iter(modules))} and {len(modules) - 1} more); "
@@ -226,8 +231,7 @@ def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
     sqnr = numerics.signal_to_noise(linear.weight.detach(), packed)
     quantized = QuantLinear(packed, linear.bias, planned.kernel, planned.site.dtype).train(linear.training)
     replace_module(model, linear, quantized)
-    tensors = sum(t.numel() * t.element_size() for t in quantized.tensors())
-    return SiteResult(planned, tensors + (planned.site.float_bytes if planned.site.tied_to else 0), sqnr)
+    return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.tensors()), sqnr)
 
 
 def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
@@ -241,18 +245,21 @@ def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
             for name, tensor in module.named_buffers(recurse=False)
         ]
 
-    return run_pass(QuantizeLinear(module_name, {p.site.name: p for p in plan.quantized}, weights), graph)
+    first = first_names(model)
+
+    def site_of(node: Node) -> str:
+        return first.get(module_name(node), "")
+
+    return run_pass(QuantizeLinear(site_of, {p.site.name: p for p in plan.quantized}, weights), graph)
 
 
 def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     """A quantized lm_head no longer shares the embedding's weight; the config must not claim that it does."""
     tied = [p.site for p in plan.quantized if p.site.tied_to]
-    if not tied:
-        return ()
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    if config is not None and any(site.role == "lm_head" for site in tied):
         config.tie_word_embeddings = False
-    return tuple(f"{site.name} was tied to {site.tied_to}, which stays float: both are stored now" for site in tied)
+    return tuple(f"{site.name} shared its weight with {site.tied_to}: each has its own now" for site in tied)
 
 
 def _check_coverage(model: nn.Module, plan: Plan) -> None:

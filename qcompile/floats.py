@@ -22,7 +22,7 @@ from .errors import ConfigError
 from .modules import QuantLinear
 from .planning import make_plan
 from .records import remember_float
-from .trace import find_roles, module_name
+from .sites import find_roles, module_name
 from .types import PassRecord, Plan, PlannedSite, Report, Site, SiteResult
 from .verify import run_pass
 

@@ -19,7 +19,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def find_backend(device: str | torch.device) -> Backend:
     """The backend of a device ("cpu", "cuda:0" ...); UnsupportedError when it, or the device, is not there."""
-    kind = torch.device(device).type if not isinstance(device, str) else device.partition(":")[0]
+    kind = str(device).partition(":")[0]
     if kind not in plugins.names("backends"):
         known = did_you_mean(kind, plugins.names("backends"))
         raise UnsupportedError(f"there is no backend for device {str(device)!r}.{known}")
@@ -38,9 +38,12 @@ def make_plan(config: QuantConfig, sites: Iterable[Site], device: str, other_byt
     sites = tuple(sites)
     backend = find_backend(device)
     _no_idle_rules(config, sites)
-    plan = Plan(device, tuple(_plan_site(config, site, backend) for site in sites), other_bytes)
+    plan = Plan(str(device), tuple(_plan_site(config, site, backend) for site in sites), other_bytes)
     if not plan.quantized:
-        why = "; ".join(f"{p.site.name}: {p.reason}" for p in plan.sites[:5]) or "its graph has no Linear layer"
+        why = (
+            "; ".join(f"{p.site.name or 'the model'}: {p.reason}" for p in plan.sites[:5])
+            or "its graph has no Linear layer"
+        )
         raise ConfigError(f"nothing would be quantized: {why}{' ...' if len(plan) > 5 else ''}")
     coverage = len(plan.quantized) / len(plan)
     if coverage < config.minimum_coverage:
@@ -66,7 +69,7 @@ def _no_idle_rules(config: QuantConfig, sites: Iterable[Site]) -> None:
     sites = tuple(sites)
     for rule in config.rules:
         if not any(rule.matches(site) for site in sites):
-            known = did_you_mean(rule.match, {site.name for site in sites} | {site.role for site in sites})
+            known = did_you_mean(rule.match, {site.name for site in sites} | {site.role for site in sites} - {"linear"})
             raise ConfigError(f"rule {rule.match!r} matches no site.{_shortened(known)}")
 
 
@@ -92,7 +95,7 @@ def _plan_site(config: QuantConfig, site: Site, backend: Backend) -> PlannedSite
         method=(rule and rule.method) or config.method,
         options=tuple(sorted((rule.options or config.options if rule else config.options).items())),
         kernel=f"{backend.name}.{kernel.name}",
-        bytes_after=kernel.nbytes(site, scheme) + (site.float_bytes if site.tied_to else 0),
+        bytes_after=kernel.nbytes(site, scheme),
     )
 
 

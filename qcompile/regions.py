@@ -18,7 +18,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from .trace import block_name, plain_name
+from .sites import block_name, plain_name
 
 Compiled = Callable[[list[Any]], Sequence[Any]]
 _EPILOGUE = math.inf

@@ -1,34 +1,23 @@
-"""From a model to its graph and its quantizable sites.
+"""From a model to its graph.
 
 The model is exported on fake tensors: no weight is read or copied, and a model on the meta device works as well.
-Roles (router, lm_head) are found by dataflow, never by name.
 """
 
 from __future__ import annotations
 
 import copy
-import re
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .errors import TraceError, UnsupportedError
-from .modules import QuantLinear
+from .errors import ConfigError, TraceError, UnsupportedError
+from .sites import PREFIX, find_sites, plain_name, walk_sites
 from .types import Site
-
-_PREFIX = "model_under_trace"
-_LINEAR = (torch.ops.aten.linear.default, torch._C._nn.linear)
-_OTHER_PRODUCTS = {
-    getattr(torch.ops.aten, name).default
-    for name in ("mm", "addmm", "matmul", "bmm", "baddbmm", "einsum")
-}  # fmt: skip
-_VIEWS = {
-    "to", "detach", "t", "transpose", "permute", "view", "reshape", "contiguous", "slice", "unsqueeze", "squeeze",
-    "_to_copy", "clone", "select", "expand", "alias", "index",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,20 +46,19 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
             f"{type(model).__name__} is not a transformers language model, so its inputs are not known: "
             "pass example_inputs=(tensor, ...), one set of positional arguments of its forward"
         )
+    if not isinstance(example_inputs, (tuple, list, type(None))):
+        raise ConfigError(
+            f"example_inputs is the tuple of forward's positional arguments, not {type(example_inputs).__name__}; "
+            "for a single one write (tensor,)"
+        )
     graph = _export(model, example_inputs)
-    return Traced(graph, _find_sites(graph, model))
+    return Traced(graph, find_sites(graph, model))
 
 
 def walk(model: nn.Module) -> tuple[Site, ...]:
     """Sites from a walk over modules, for models that cannot be exported: no inputs, producers or routers are known."""
     _refuse_experts(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    tied = _parameter_names(model)
-    return tuple(
-        _site(name, module, "lm_head" if module is head else "linear", tied)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    )
+    return walk_sites(model)
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -81,20 +69,20 @@ class _Logits(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        setattr(self, _PREFIX, model)
+        setattr(self, PREFIX, model)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        result = getattr(self, _PREFIX)(input_ids=input_ids, use_cache=False)
+        result = getattr(self, PREFIX)(input_ids=input_ids, use_cache=False)
         return result.logits if hasattr(result, "logits") else result[0]
 
 
 class _Call(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        setattr(self, _PREFIX, model)
+        setattr(self, PREFIX, model)
 
     def forward(self, *inputs: Any) -> Any:
-        return getattr(self, _PREFIX)(*inputs)
+        return getattr(self, PREFIX)(*inputs)
 
 
 def _shadow(model: nn.Module, mode) -> nn.Module:
@@ -116,10 +104,8 @@ def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphMo
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    was_training = model.training
-    model.eval()
     try:
-        shadow = _shadow(model, mode)
+        shadow = _shadow(model, mode).eval()
         if example_inputs is None:
             wrapped: nn.Module = _Logits(shadow)
             with mode:
@@ -136,8 +122,6 @@ def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphMo
         return program.module(check_guards=False)
     except Exception as error:  # the compiler raises many kinds; each is explained and chained
         raise TraceError(_explain(model, error)) from error
-    finally:
-        model.train(was_training)
 
 
 def example_input_ids() -> Tensor:
@@ -155,6 +139,7 @@ def input_dims(value: Any) -> dict[int, Any] | None:
     return {dim: Dim.AUTO for dim in range(min(2, count)) if value.shape[dim] > 1}
 
 
+_LIBRARY = (str(Path(torch.__file__).parent), __file__)  # frames that are not the model's
 _HINTS = {
     "GuardOnDataDependentSymNode": "its forward decides on tensor values (a Python `if` or a loop over them)",
     "DataDependentOutputException": "its forward reads a tensor's value (.item(), .tolist(), a branch on it)",
@@ -167,8 +152,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     hint = next((hint for key, hint in _HINTS.items() if key in text), "")
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    place = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s+(.+)', str(error))
-    where = f" at {place[1]}:{place[2]} in {place[3]}: `{place[4].strip()}`" if place else ""
+    places = [p for p in traceback.extract_tb(error.__traceback__) if p.line and not p.filename.startswith(_LIBRARY)]
+    where = f" at {places[-1].filename}:{places[-1].lineno}: `{places[-1].line}`" if places else ""
     return (
         f"{type(model).__name__} cannot be exported: {hint or first[:300]}{where} ({type(error).__name__}). "
         "Rewrite that construct so that torch.export accepts it, or, to find Linear layers by a walk over the modules "
@@ -190,32 +175,12 @@ def _refuse_experts(model: nn.Module) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- sites
-
-
-def module_name(node: Node) -> str:
-    """Name, in the traced model, of the innermost module that ``node`` comes from; "" for the model itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return plain_name(stack[-1][0]) if stack else ""
-
-
-def plain_name(qualified: str) -> str:
-    """Strip what tracing puts around a module's name: ``L['self'].model.layers.0`` is ``model.layers.0``."""
-    name = re.sub(r"^L\['\w+'\]\.?", "", qualified)
-    name = re.sub(r"\._modules\['(\w+)'\]", r".\1", name)
-    name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
-    return re.sub(rf"^(_orig_mod\.|{_PREFIX}\.?)+", "", name.lstrip("."))
-
-
-def block_name(name: str) -> str:
-    """The decoder block a module belongs to: the name up to its first number ("model.layers.3"), "" without one."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return match[0] if match else ""
+# -------------------------------------------------------------------------------------------------------------- graph
 
 
 def attribute(module: GraphModule, graph: torch.fx.Graph, name: str, tensor: Tensor) -> Node:
     """A get_attr node in a traced graph for the model's tensor ``name``; the graph holds its shape, not its data."""
-    *path, leaf = f"{_PREFIX}.{name}".split(".")
+    *path, leaf = f"{PREFIX}.{name}".split(".")
     owner: nn.Module = module
     for part in path:
         if not hasattr(owner, part):
@@ -243,158 +208,3 @@ def bind(graph: GraphModule, model: nn.Module) -> GraphModule:
     copied.output(copied.graph_copy(graph.graph, {}))
     copied.set_codegen(graph.graph._codegen)
     return GraphModule(bound, copied)
-
-
-def find_roles(graph: GraphModule) -> dict[Node, str]:
-    """Role of every linear node of an exported graph or of one of Dynamo's: "linear", "lm_head" or "router"."""
-    nodes = list(graph.graph.nodes)
-    vocabulary = {
-        _tensor(node.args[1 if _is_functional(node) else 0]).shape[0] for node in nodes if _is(node, "embedding")
-    }
-    return {node: _role(node, vocabulary) for node in nodes if node.op == "call_function" and node.target in _LINEAR}
-
-
-def _is_functional(node: Node) -> bool:
-    """torch.nn.functional.embedding takes (ids, weight), aten.embedding (weight, ids)."""
-    return not isinstance(node.target, torch._ops.OpOverload)
-
-
-def _find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
-    tied = _parameter_names(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    roles = find_roles(graph)
-    sites: dict[str, Site] = {}
-    for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = module_name(node)
-        if node.target in _LINEAR:
-            module = modules.get(name)
-            role = roles[node]
-            if isinstance(module, nn.Linear):
-                if name not in sites:
-                    sites[name] = _site(name, module, role, tied, node)
-            else:
-                _add_bare_product(sites, name, node, role, type(module).__name__)
-        elif _is(node, "linear", "scaled_linear", namespace="qcompile") and isinstance(modules.get(name), QuantLinear):
-            continue
-        elif node.target in _OTHER_PRODUCTS and any(_parameter(arg) for arg in node.all_input_nodes):
-            _add_bare_product(sites, name, node, "linear", type(modules.get(name)).__name__)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in sites:
-            sites[name] = _site(name, module, "linear", tied, obstacle="the traced forward never calls it")
-    return tuple(sites.values())
-
-
-def _site(
-    name: str, module: nn.Linear, role: str, tied: dict[int, list[str]], node: Node | None = None, obstacle: str = ""
-) -> Site:
-    if type(module) is not nn.Linear:
-        obstacle = f"it is a {type(module).__name__}, whose forward may do more than x @ W.T + b"
-    elif module._forward_hooks or module._forward_pre_hooks:
-        obstacle = "it has forward hooks, which a replaced module would lose"
-    others = [other for other in tied[id(module.weight)] if other != f"{name}.weight"]
-    source = _through_views(node.args[0]) if node is not None else None
-    return Site(
-        name=name,
-        role=role,
-        out_features=module.out_features,
-        in_features=module.in_features,
-        dtype=module.weight.dtype,
-        has_bias=module.bias is not None,
-        inputs=source.name if source is not None else "",
-        producer=module_name(source) if source is not None else "",
-        block=block_name(name),
-        tied_to=others[0] if others else "",
-        obstacle=obstacle,
-    )
-
-
-def _add_bare_product(sites: dict[str, Site], name: str, node: Node, role: str, class_name: str) -> None:
-    """Record a matrix product with a parameter that is not a Linear module's: it is listed, and stays float."""
-    parameter = next((p for arg in node.all_input_nodes if (p := _parameter(arg)) and _tensor(p).dim() >= 2), None)
-    if parameter is None:
-        return
-    shape = _tensor(parameter).shape
-    label = plain_name(str(parameter.target))
-    operator = str(node.target).removesuffix(".default")
-    sites.setdefault(
-        label,
-        Site(
-            name=label,
-            role=role,
-            out_features=shape[-2],
-            in_features=shape[-1],
-            dtype=_tensor(parameter).dtype,
-            block=block_name(name),
-            obstacle=f"it is {operator} on a parameter of {class_name}, not a Linear module that could be replaced",
-        ),
-    )
-
-
-def _role(node: Node, vocabulary: set[int]) -> str:
-    """ "router": its result reaches topk before any other product. "lm_head": one row per token of the vocabulary, and
-    its result reaches the model's output."""
-    rows = _tensor(node.args[1]).shape[0]
-    reached = _reaches(node)
-    if "topk" in reached:
-        return "router"
-    return "lm_head" if rows in vocabulary and "output" in reached else "linear"
-
-
-def _reaches(node: Node, depth: int = 24) -> set[str]:
-    """Which of "topk" and "output" the value of ``node`` reaches without passing another matrix product."""
-    found, seen, pending = set(), {node}, [(node, 0)]
-    while pending:
-        current, distance = pending.pop()
-        for user in current.users:
-            if user.op == "output":
-                found.add("output")
-            elif _is(user, "topk"):
-                found.add("topk")
-            elif user not in seen and distance < depth and not _is_product(user):
-                seen.add(user)
-                pending.append((user, distance + 1))
-    return found
-
-
-def _is(node: Node, *names: str, namespace: str = "") -> bool:
-    target = getattr(node.target, "overloadpacket", node.target)
-    qualified = getattr(target, "_qualified_op_name", "")
-    if namespace:
-        return any(qualified == f"{namespace}::{name}" for name in names)
-    base = qualified.rpartition("::")[2] or getattr(node.target, "__name__", str(node.target))
-    return base in names
-
-
-def _is_product(node: Node) -> bool:
-    return node.target in _LINEAR or node.target in _OTHER_PRODUCTS or _is(node, "scaled_dot_product_attention")
-
-
-def _through_views(node: Any) -> Node:
-    while _is(node, *_VIEWS) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def _parameter(node: Node) -> Node | None:
-    """The get_attr node of a parameter that ``node`` is a view or cast of."""
-    source = _through_views(node) if node.op == "call_function" else node
-    return source if source.op == "get_attr" else None
-
-
-def _tensor(node: Any) -> Tensor:
-    """Fake value of a graph node, whichever tracer made it."""
-    value = node.meta.get("val", node.meta.get("example_value"))
-    if value is None and node.op == "get_attr":
-        value = node.graph.owning_module
-        for part in node.target.split("."):
-            value = getattr(value, part)
-    return value
-
-
-def _parameter_names(model: nn.Module) -> dict[int, list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names

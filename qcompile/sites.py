@@ -1,0 +1,239 @@
+"""From a traced graph to its quantizable sites: names, roles and who shares what, all by dataflow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .types import Site
+
+PREFIX = "model_under_trace"
+_LINEAR = (torch.ops.aten.linear.default, torch._C._nn.linear)
+_OTHER_PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "matmul", "bmm", "baddbmm", "einsum")
+}  # fmt: skip
+_VIEWS = {
+    "to", "detach", "t", "transpose", "permute", "view", "reshape", "contiguous", "slice", "unsqueeze", "squeeze",
+    "_to_copy", "clone", "select", "expand", "alias", "index",
+}  # fmt: skip
+
+
+def module_name(node: Node) -> str:
+    """Name, in the traced model, of the innermost module that ``node`` comes from; "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return plain_name(stack[-1][0]) if stack else ""
+
+
+def plain_name(qualified: str) -> str:
+    """Strip what tracing puts around a module's name: ``L['self'].model.layers.0`` is ``model.layers.0``."""
+    name = re.sub(r"^L\['\w+'\]\.?", "", qualified)
+    name = re.sub(r"\._modules\['(\w+)'\]", r".\1", name)
+    name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
+    return re.sub(rf"^(_orig_mod\.|{PREFIX}\.?)+", "", name.lstrip("."))
+
+
+def block_name(name: str) -> str:
+    """The decoder block a module belongs to: the name up to its first number ("model.layers.3"), "" without one."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return match[0] if match else ""
+
+
+def find_roles(graph: GraphModule) -> dict[Node, str]:
+    """Role of every linear node of an exported graph or of one of Dynamo's: "linear", "lm_head" or "router"."""
+    nodes = list(graph.graph.nodes)
+    vocabulary = {
+        _tensor(node.args[1 if _is_functional(node) else 0]).shape[0] for node in nodes if _is(node, "embedding")
+    }
+    return {node: _role(node, vocabulary) for node in nodes if node.op == "call_function" and node.target in _LINEAR}
+
+
+def _is_functional(node: Node) -> bool:
+    """torch.nn.functional.embedding takes (ids, weight), aten.embedding (weight, ids)."""
+    return not isinstance(node.target, torch._ops.OpOverload)
+
+
+def find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
+    """Sites of ``model`` in the order in which its traced graph reaches them, then those that it never calls."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = first_names(model)
+    tied = _tied_names(model)
+    roles = find_roles(graph)
+    sites: dict[str, Site] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = first.get(module_name(node), "")
+        module = modules.get(name)
+        if node.target in _LINEAR and isinstance(module, nn.Linear):
+            if name not in sites:
+                sites[name] = _site(name, module, roles[node], tied.get(name, ""), node)
+        elif node.target in _LINEAR or node.target in _OTHER_PRODUCTS:
+            _add_bare_product(sites, modules, name, node, roles.get(node, "linear"))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in sites:
+            sites[name] = _site(
+                name, module, "linear", tied.get(name, ""), obstacle="the traced forward never calls it"
+            )
+    for name in _read_elsewhere(graph, modules, first) & sites.keys():
+        obstacle = "its weight is also read outside of its own forward, which a quantized module could not serve"
+        sites[name] = replace(sites[name], obstacle=obstacle)
+    return tuple(sites.values())
+
+
+def walk_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every Linear of ``model`` in the order of its modules; no inputs, producers or routers are known."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = _tied_names(model)
+    return tuple(
+        _site(name, module, "lm_head" if module is head else "linear", tied.get(name, ""))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """From every name of a module to its first one: a module that two attributes share is one site."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {name: names[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _site(name: str, module: nn.Linear, role: str, tied_to: str, node: Node | None = None, obstacle: str = "") -> Site:
+    if not name:
+        obstacle = "it is no part of a module that could hold its replacement; wrap it, as in nn.Sequential(linear)"
+    elif type(module) is not nn.Linear:
+        obstacle = f"it is a {type(module).__name__}, whose forward may do more than x @ W.T + b"
+    elif "forward" in vars(module):
+        obstacle = "its forward was replaced (accelerate does so to move weights), which a new module would lose"
+    elif module._forward_hooks or module._forward_pre_hooks:
+        obstacle = "it has forward hooks, which a replaced module would lose"
+    source = _through_views(node.args[0]) if node is not None else None
+    return Site(
+        name=name,
+        role=role,
+        out_features=module.out_features,
+        in_features=module.in_features,
+        dtype=module.weight.dtype,
+        has_bias=module.bias is not None,
+        inputs=source.name if source is not None else "",
+        producer=module_name(source) if source is not None else "",
+        block=block_name(name),
+        tied_to=tied_to,
+        obstacle=obstacle,
+    )
+
+
+def _add_bare_product(
+    sites: dict[str, Site], modules: Mapping[str, nn.Module], name: str, node: Node, role: str
+) -> None:
+    """Record a matrix product with a parameter that is not a Linear module's: it is listed, and stays float."""
+    parameter = next((p for arg in node.all_input_nodes if (p := _parameter(arg)) and _tensor(p).dim() >= 2), None)
+    if parameter is None:
+        return
+    label = plain_name(str(parameter.target))
+    if isinstance(modules.get(label.rpartition(".")[0]), nn.Linear):
+        return  # listed as that Linear
+    shape = _tensor(parameter).shape
+    operator, owner = str(node.target).removesuffix(".default"), type(modules.get(name)).__name__
+    site = Site(
+        name=label,
+        role=role,
+        out_features=shape[-2],
+        in_features=shape[-1],
+        dtype=_tensor(parameter).dtype,
+        block=block_name(name),
+        obstacle=f"it is {operator} on a parameter of {owner}, not a Linear module that could be replaced",
+    )
+    sites.setdefault(label, site)
+
+
+def _read_elsewhere(graph: GraphModule, modules: Mapping[str, nn.Module], first: Mapping[str, str]) -> set[str]:
+    """Linears whose weight the traced forward reads by itself; an embedding that shares it keeps it anyway."""
+    found = set()
+    for node in graph.graph.nodes:
+        owner, _, leaf = plain_name(str(node.target)).rpartition(".") if node.op == "get_attr" else ("", "", "")
+        if leaf != "weight" or not isinstance(modules.get(owner), nn.Linear):
+            continue
+        readers = [user for user in node.users if not _is(user, "embedding")]
+        if not all(isinstance(modules.get(module_name(user)), nn.Linear) for user in readers):
+            found.add(first[owner])
+    return found
+
+
+def _role(node: Node, vocabulary: set[int]) -> str:
+    """ "router": its result reaches topk before any other product. "lm_head": one row per token of the vocabulary, and
+    its result reaches the model's output."""
+    rows = _tensor(node.args[1]).shape[0]
+    reached = _reaches(node)
+    if "topk" in reached:
+        return "router"
+    return "lm_head" if rows in vocabulary and "output" in reached else "linear"
+
+
+def _reaches(node: Node, depth: int = 24) -> set[str]:
+    """Which of "topk" and "output" the value of ``node`` reaches without passing another matrix product."""
+    found, seen, pending = set(), {node}, [(node, 0)]
+    while pending:
+        current, distance = pending.pop()
+        for user in current.users:
+            if user.op == "output":
+                found.add("output")
+            elif _is(user, "topk"):
+                found.add("topk")
+            elif user not in seen and distance < depth and not _is_product(user):
+                seen.add(user)
+                pending.append((user, distance + 1))
+    return found
+
+
+def _is(node: Node, *names: str) -> bool:
+    target = getattr(node.target, "overloadpacket", node.target)
+    qualified = getattr(target, "_qualified_op_name", "")
+    base = qualified.rpartition("::")[2] or getattr(node.target, "__name__", str(node.target))
+    return base in names
+
+
+def _is_product(node: Node) -> bool:
+    return node.target in _LINEAR or node.target in _OTHER_PRODUCTS or _is(node, "scaled_dot_product_attention")
+
+
+def _through_views(node: Any) -> Node:
+    while _is(node, *_VIEWS) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _parameter(node: Node) -> Node | None:
+    """The get_attr node of a parameter that ``node`` is a view or cast of."""
+    source = _through_views(node) if node.op == "call_function" else node
+    return source if source.op == "get_attr" else None
+
+
+def _tensor(node: Any) -> Tensor:
+    """Fake value of a graph node, whichever tracer made it."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if value is None and node.op == "get_attr":
+        value = node.graph.owning_module
+        for part in node.target.split("."):
+            value = getattr(value, part)
+    return value
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """From a Linear's name to the parameter that it shares its weight with: an embedding's, or an earlier Linear's."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((f"{name}.{leaf}".lstrip("."), module))
+    tied = {}
+    for holding in holders.values():
+        ordered = sorted(holding, key=lambda held: isinstance(held[1], nn.Linear))  # stable: others come first
+        tied |= {label.rpartition(".")[0]: ordered[0][0] for label, _ in ordered[1:] if label.endswith("weight")}
+    return tied
