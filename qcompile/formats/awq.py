@@ -190,14 +190,16 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], l
     symmetric = settings.get("zero_point") is False or settings.get("sym") is True
     scheme = scheme_of(name, settings, origin, symmetric, (4,))
     zeros = "scaled_zeros" if "scaled_zeros" in stored else "qzeros"
-    wanted = _wanted(layout, name, shape, scheme.weight, zeros)
+    wanted = _wanted(layout, shape, scheme.weight, zeros)
     about = f"config.json makes {name} {scheme} in the layout {_called(layout)}, of shape {list(shape)}"
     for other in ("gemm", "gemv", "fast"):
-        if other != layout and fits(stored, _wanted(other, name, shape, scheme.weight, zeros)):
+        if other != layout and fits(stored, _wanted(other, shape, scheme.weight, zeros)):
             about += f"; but its tensors are those of the layout {_called(other)}"
     if fits(stored, {"qweight": (("I32",), (shape[1] // 8, shape[0]))}):
         about += "; qweight has the shape of GPTQ"
     check(name, stored, wanted, about)
+    if layout == "fast" and (shape[0] % 4 or shape[1] % 64):
+        raise UnsupportedError(f"{name}: {_called(layout)} packs 4 rows by 64 columns, which {list(shape)} is not")
     tensors = tuple(f"{name}.{suffix}" for suffix in wanted)
     return StoredSite(name, scheme, shape, tensors, {"layout": layout, "zeros": zeros})
 
@@ -221,7 +223,7 @@ def _called(layout: str) -> str:
     return " or ".join(repr(version) for version, meant in _LAYOUTS.items() if meant == layout)
 
 
-def _wanted(layout: str, name: str, shape: Shape, weight: WeightType, zeros: str) -> Wanted:
+def _wanted(layout: str, shape: Shape, weight: WeightType, zeros: str) -> Wanted:
     (out, inn), groups = shape, weight.groups(shape[1])
     if layout == "gemm":
         words = -(-out // 8)
@@ -238,8 +240,6 @@ def _wanted(layout: str, name: str, shape: Shape, weight: WeightType, zeros: str
             zeros: (("I32",), (out, blocks)),
             "scales": (FLOATS, (out, 8 * blocks)),
         }
-    if inn % 64 or out % 4:
-        raise UnsupportedError(f"{name}: {_called(layout)} packs 4 rows by 64 columns, which [{out}, {inn}] is not")
     padded = (8 * blocks, out)
     return {"qweight": (("I16",), (out // 4, inn)), zeros: (FLOATS, padded), "scales": (FLOATS, padded)}
 

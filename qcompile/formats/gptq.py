@@ -172,7 +172,7 @@ def _version(section: Mapping[str, Any]) -> int | None:
         if packing not in _PACKINGS and not any(kernel in packing for kernel in _KERNELS):
             raise UnsupportedError(f"config.json: the AutoRound layout {packing!r} is not read")
         return _PACKINGS.get(packing)
-    label = _label(section)
+    label = "marlin" if section.get("is_marlin_format") else _label(section)
     versions = {None: None, "gptq": 1, "gptq_v2": 2}
     if label not in versions:
         raise UnsupportedError(f"config.json: the GPTQ layout {label!r} is not read; known: gptq, gptq_v2")
