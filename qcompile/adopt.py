@@ -49,7 +49,7 @@ def _dynamic_by_default(context: Any) -> None:
     if context._dynamic is None:
         settings["assume_static_by_default"] = False
         # a batch of 2 on a model with 2 heads must not tie the one size to the other
-        context.enter_exit_hooks.append(shapes._make_closure_patcher(use_duck_shape=False))
+        context.enter_exit_hooks.append(shapes._make_closure_patcher(use_duck_shape=False))  # type: ignore[attr-defined]
     context.enter_exit_hooks.append(dynamo._make_closure_patcher(**settings))
 
 

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -118,12 +118,13 @@ def dequantize(model: nn.Module) -> nn.Module:
         linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         weight = numerics.dequantize_packed(packed, module.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias
+        linear.bias = cast(nn.Parameter, module.bias)
         replace_module(model, module, linear.train(module.training))
     if hasattr(model, "_qcompile"):
         del model._qcompile
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return model
 
 
@@ -201,10 +202,14 @@ def _checked_plan(plan: Plan, sites: tuple[Site, ...]) -> Plan:
     return plan
 
 
+def _linear(model: nn.Module, planned: PlannedSite) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(planned.site.name))
+
+
 def _check_weights(model: nn.Module, plan: Plan) -> None:
     """CalibrationError for a planned weight that is not loaded or not finite; nothing has been touched yet."""
     for planned in plan.quantized:
-        name, weight = planned.site.name, model.get_submodule(planned.site.name).weight
+        name, weight = planned.site.name, _linear(model, planned).weight
         if weight.device.type == "meta":
             raise CalibrationError(f"{name}.weight is on the meta device: load the weights before quantizing")
         if weight.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
@@ -224,7 +229,7 @@ def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iter
 
 @torch.no_grad()
 def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
-    linear, scheme = model.get_submodule(planned.site.name), planned.scheme
+    linear, scheme = _linear(model, planned), planned.scheme
     assert scheme is not None
     method = plugins.find("methods", planned.method)
     packed = method.quantize(linear.weight.detach(), scheme, dict(planned.options))

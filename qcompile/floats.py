@@ -78,8 +78,9 @@ def _add_weight(module: GraphModule, name: str, tensor: Tensor) -> None:
     from torch._dynamo.source import SyntheticLocalSource
 
     module.register_buffer(name, tensor)
-    if hasattr(module, "_param_name_to_source"):
-        module._param_name_to_source[name] = SyntheticLocalSource(name)  # type: ignore[index, operator]
+    sources: Any = getattr(module, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = SyntheticLocalSource(name)
 
 
 def _site(node: Node, values: dict[Node, Any], role: str) -> tuple[Site, Tensor | None]:

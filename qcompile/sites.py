@@ -89,7 +89,8 @@ def find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
 
 def walk_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every Linear of ``model`` in the order of its modules; no inputs, producers or routers are known."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = output_embeddings()
     tied = _tied_names(model)
     return tuple(
         _site(name, module, "lm_head" if module is head else "linear", tied.get(name, ""))
@@ -232,7 +233,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((f"{name}.{leaf}".lstrip("."), module))
-    tied = {}
+    tied: dict[str, str] = {}
     for holding in holders.values():
         ordered = sorted(holding, key=lambda held: isinstance(held[1], nn.Linear))  # stable: others come first
         tied |= {label.rpartition(".")[0]: ordered[0][0] for label, _ in ordered[1:] if label.endswith("weight")}

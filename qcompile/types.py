@@ -314,7 +314,9 @@ class Report:
         return report_html(self)
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        from .webpage import report_html
+
+        return report_html(self, page=False)
 
 
 @dataclass
