@@ -57,8 +57,9 @@ def make_plan(config: QuantConfig, sites: Iterable[Site], device: str, other_byt
 
 def override(plan: Plan, pattern: str, scheme: str | None, method: str, options: Mapping[str, Any]) -> Plan:
     """``Plan.override``: plan the sites that match ``pattern`` again, as if a rule named them."""
-    rule = Rule(match=pattern, scheme=scheme or FLOAT, method=method, options=dict(options))
-    config = QuantConfig(rules=(rule,))
+    asked = {"match": pattern, "scheme": scheme or FLOAT, "method": method, "options": dict(options)}
+    config = QuantConfig(rules=(asked,))
+    (rule,) = config.rules
     _no_idle_rules(config, [p.site for p in plan])
     backend = find_backend(plan.device)
     sites = tuple(_plan_site(config, p.site, backend) if rule.matches(p.site) else p for p in plan)

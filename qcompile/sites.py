@@ -33,7 +33,7 @@ def module_name(node: Node) -> str:
 
 def plain_name(qualified: str) -> str:
     """Strip what tracing puts around a module's name: ``L['self'].model.layers.0`` is ``model.layers.0``."""
-    name = re.sub(r"^L\['\w+'\]\.?", "", qualified)
+    name = re.sub(r"^L\['\w+'\]", "", qualified)
     name = re.sub(r"\._modules\['(\w+)'\]", r".\1", name)
     name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
     return re.sub(rf"^(_orig_mod\.|{PREFIX}\.?)+", "", name.lstrip("."))
@@ -41,7 +41,7 @@ def plain_name(qualified: str) -> str:
 
 def block_name(name: str) -> str:
     """The decoder block a module belongs to: the name up to its first number ("model.layers.3"), "" without one."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    match = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
     return match[0] if match else ""
 
 
