@@ -43,6 +43,9 @@ def save(
 ) -> Path:
     """Write ``model`` into the folder ``path``, readable by ``load``, and in its format by transformers and vLLM.
 
+    format: "compressed-tensors" stores every scheme; "awq" 4-bit weights of one group size; "gptq" 2, 3, 4 and 8 bits,
+    "gptq_v2" the same with any zero point. The last three store float16 scales, and refuse others that it cannot hold.
+
     A transformers model gets config.json, generation_config.json and the tokenizer files of where it came from; any
     other module gets qcompile.json, and ``load`` needs the float module. Float parts keep their dtype. transformers
     5.23 reads asymmetric weights of anyone's making with ``CompressedTensorsConfig(dequantize=True)`` only.
