@@ -16,7 +16,7 @@ from stored import assert_same, change, change_config, described, golden, random
 import qcompile
 from qcompile import numerics
 from qcompile.errors import FormatError, UnsupportedError
-from qcompile.formats import StoredSite, gptq, gptq_v2
+from qcompile.formats import StoredSite, TensorHeader, gptq, gptq_v2
 from qcompile.modules import quantized_modules
 from qcompile.types import Scheme, WeightType
 
@@ -245,6 +245,34 @@ def test_settings_of_one_module(changes):
     packed = random_packed(Scheme.parse("w4a16_g16"), 32, 64)
     tensors, section = written(V1, packed)
     assert_same(read(tensors, section | {"group_size": 64} | changes), packed)
+
+
+@pytest.mark.parametrize(
+    ("packing", "stored", "symmetric"),
+    [
+        ("auto_round:auto_gptq", V1, False),
+        ("auto_round", V2, False),
+        ("auto_round:gptqmodel", V2, False),
+        ("auto_round:tritonv2", V1, False),  # says nothing about the version: 1, unless symmetric zero points tell
+        ("auto_round:tritonv2", V1, True),
+        ("auto_round:tritonv2", V2, True),
+    ],
+)
+def test_layouts_of_auto_round(packing, stored, symmetric):
+    packed = random_packed(Scheme(WeightType(4, symmetric, 16)), 32, 64, smallest_zero=1)
+    tensors = {name: t for name, t in stored.write("m", packed).items() if name != "m.g_idx"}
+    section = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": symmetric, "packing_format": packing}
+    assert_same(read(tensors, section), packed)
+
+
+def test_a_section_inside_text_config():
+    tensors, section = written(V1, random_packed(Scheme.parse("w4a16_g16"), 32, 64))
+    headers = {n: TensorHeader(n, "F16" if "scales" in n else "I32", tuple(t.shape), "f") for n, t in tensors.items()}
+    config = {"text_config": {"quantization_config": section}}
+    assert V1.detect(config, headers)
+    assert not V2.detect(config, headers)
+    (site,) = V1.sites(config, headers, {"m": (32, 64)})
+    assert str(site.scheme) == "w4a16_g16"
 
 
 def test_tensors_that_contradict_each_other():
