@@ -97,6 +97,36 @@ def tokens_per_second(model: Any, prompt_ids: Tensor, new_tokens: int, **options
     return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
+def deviation(model: Any, compiled: Any, prompt_ids: Tensor, new_tokens: int, **options: Any) -> float:
+    """Largest difference of logits between two ways to run a model while it generates, over the largest logit.
+
+    Greedy continuations of ``prompt_ids`` are compared step by step, prompt and decoding alike, for as long as both
+    chose the same tokens (they may part at a tie). ``options`` go to ``generate``.
+    """
+    prompt = prompt_ids.reshape(1, -1)
+    first, second = (
+        each.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        for each in (model, compiled)
+    )
+    worst = 0.0
+    chosen = zip(*(run.sequences[0, prompt.shape[1] :].tolist() for run in (first, second)), strict=True)
+    for expected, got, (token, other) in zip(first.logits, second.logits, chosen, strict=True):
+        scale = expected.abs().max().item() or 1.0
+        worst = max(worst, (expected.float() - got.float()).abs().max().item() / scale)
+        if token != other:
+            break
+    return worst
+
+
 def _windows(ids: Tensor, sequence: int) -> Tensor:
     if sequence < 2:
         raise ConfigError(f"sequence must be at least 2 tokens, not {sequence}")

@@ -314,7 +314,7 @@ class Report:
         return report_html(self)
 
     def _repr_html_(self) -> str:
-        from .webpage import report_html
+        from .reporting import report_html
 
         return report_html(self, page=False)
 

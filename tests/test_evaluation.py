@@ -92,3 +92,24 @@ class TestSpeed:
     def test_needs_two_tokens(self, model, ids):
         with pytest.raises(ConfigError, match="at least 2"):
             evaluation.tokens_per_second(model, ids[:5], 1)
+
+
+def test_deviation_is_zero_for_the_same_model_and_sees_a_wrong_decode_step():
+    model = tiny_model(dtype=torch.float32)
+    prompt = torch.arange(3, 9)
+    assert evaluation.deviation(model, model, prompt, 5) == 0.0
+
+    class WrongAtOneRow:
+        def generate(self, prompt, **options):
+            def spoil(module, inputs, output):
+                if output.shape[1] == 1 and inputs[0].shape[1] == 1:
+                    return output + 1.0
+                return output
+
+            handle = model.model.norm.register_forward_hook(spoil)
+            try:
+                return model.generate(prompt, **options)
+            finally:
+                handle.remove()
+
+    assert evaluation.deviation(model, WrongAtOneRow(), prompt, 5) > 0.01
