@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.fx import GraphModule, Node
 from . import numerics, plugins
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
-from .modules import QuantLinear, quantized_modules, replace_module, state_of
+from .modules import QuantLinear, quantized_modules, replace_module, set_state, state_of
 from .planning import find_backend, make_plan
 from .progress import progress_bar
 from .sites import first_names, module_name
@@ -89,7 +90,7 @@ def quantize(
         notes=notes,
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
-    model._qcompile = State(decided, report_, graph)  # type: ignore[assignment]
+    set_state(model, State(decided, report_, graph))
     gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
     return model
 
@@ -120,8 +121,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = cast(nn.Parameter, module.bias)
         replace_module(model, module, linear.train(module.training))
-    if hasattr(model, "_qcompile"):
-        del model._qcompile
+    set_state(model, None)
     config: Any = getattr(model, "config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -224,6 +224,7 @@ def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iter
                 yield SiteResult(planned, planned.bytes_after)
                 continue
             yield _quantize_site(model, planned)
+            _return_memory()
             advance(planned.site.name)
 
 
@@ -237,6 +238,12 @@ def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
     quantized = QuantLinear(packed, linear.bias, planned.kernel, planned.site.dtype).train(linear.training)
     replace_module(model, linear, quantized)
     return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.tensors()), sqnr)
+
+
+def _return_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps blocks of up to 32 MB, which then pile up beside the model."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:

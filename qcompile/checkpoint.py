@@ -18,7 +18,7 @@ from . import plugins, skeleton
 from .errors import ConfigError, FormatError, UnsupportedError
 from .formats import Format, StoredSite
 from .kernels import Backend, choose
-from .modules import QuantLinear, quantized_modules, replace_module
+from .modules import QuantLinear, quantized_modules, replace_module, set_state
 from .planning import find_backend
 from .progress import progress_bar
 from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, read_json, shortened, write_json
@@ -152,7 +152,7 @@ def load(
         skeleton.untie(model)
     model.eval().requires_grad_(False)
     report = Report(type(model).__name__, survey.plan, results, time.perf_counter() - started)
-    model._qcompile = State(survey.plan, report)  # type: ignore[assignment]
+    set_state(model, State(survey.plan, report))
     return model
 
 

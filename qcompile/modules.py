@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import ConfigError
 from .types import PackedWeight, State
 
 
@@ -66,3 +71,30 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def state_of(model: nn.Module) -> State | None:
     """What qcompile knows about ``model``; None for one that it did not make."""
     return getattr(model, "_qcompile", None)
+
+
+def set_state(model: nn.Module, state: State | None) -> None:
+    """Attach what qcompile knows to ``model``, or (None) make it an ordinary model again.
+
+    A quantized model of transformers saves through qcompile: its own ``save_pretrained`` would write the tensors of a
+    kernel's layout under names that nothing can load.
+    """
+    attributes: dict[str, Any] = model.__dict__
+    attributes.pop("_qcompile", None)
+    attributes.pop("save_pretrained", None)
+    if state is not None:
+        attributes["_qcompile"] = state
+        if hasattr(model, "save_pretrained"):
+            attributes["save_pretrained"] = MethodType(save_pretrained, model)
+
+
+def save_pretrained(model: nn.Module, save_directory: str | Path, **unsupported: Any) -> None:
+    """What ``model.save_pretrained(folder)`` does for a quantized model: ``qcompile.save``, replacing a checkpoint."""
+    from .checkpoint import save
+
+    if unsupported:
+        raise ConfigError(
+            f"save_pretrained of a quantized model takes a folder only, not {', '.join(unsupported)}; "
+            "qcompile.save(model, folder, format=..., shard_bytes=...) has other options"
+        )
+    save(model, save_directory, overwrite=True)

@@ -1,5 +1,6 @@
 """Saving, loading and inspecting checkpoints: round trips, other readers, damage, and saves that do not finish."""
 
+import copy
 import json
 import shutil
 import signal
@@ -542,3 +543,17 @@ def test_code_of_a_checkpoint_is_never_run(copied, tmp_path):
 def test_a_device_without_a_backend(checkpoint):
     with pytest.raises(UnsupportedError, match="no backend for device 'tpu'"):
         qcompile.load(checkpoint[1], device="tpu")
+
+
+def test_save_pretrained_of_a_quantized_model_writes_a_checkpoint_that_loads(tmp_path):
+    model = qcompile.quantize(tiny_model(), "w4a16_g32")
+    copied = copy.deepcopy(model)
+    copied.model.norm.weight.data.mul_(2)
+    copied.save_pretrained(tmp_path / "copy")  # the copy saves itself, not what it was copied from
+    assert torch.equal(logits(qcompile.load(tmp_path / "copy")), logits(copied))
+    with pytest.raises(qcompile.ConfigError, match="takes a folder only, not push_to_hub"):
+        model.save_pretrained(tmp_path / "x", push_to_hub=True)
+    assert not (tmp_path / "x").exists()
+    float_model = qcompile.dequantize(model)
+    float_model.save_pretrained(tmp_path / "float")
+    assert torch.equal(logits(qcompile.load(tmp_path / "float")), logits(float_model))
