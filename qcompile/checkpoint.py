@@ -163,7 +163,7 @@ def inspect(
 
     Raises what ``load`` would raise for them.
     """
-    backend = plugins.find("backends", device.partition(":")[0])
+    backend = find_backend(device, to_run=False)
     with Folder(skeleton.resolve(path, allow_download)) as folder:
         return _Survey(folder, backend, device, model, None).plan
 

@@ -73,6 +73,18 @@ class _Clock:
         """Nothing to flush."""
 
 
+def _generate(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> Any:
+    """Exactly ``new_tokens`` greedy tokens after token ids [1, n]; ``options`` go to ``generate``."""
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        **options,
+    )
+
+
 def tokens_per_second(model: Any, prompt_ids: Tensor, new_tokens: int, **options: Any) -> float:
     """Speed of greedy decoding by ``model.generate``, without the prompt: one over the median time of a token.
 
@@ -81,18 +93,9 @@ def tokens_per_second(model: Any, prompt_ids: Tensor, new_tokens: int, **options
     """
     if new_tokens < 2:
         raise ConfigError(f"new_tokens must be at least 2 to measure the time between tokens, not {new_tokens}")
-    prompt = prompt_ids.reshape(1, -1)
     clock = _Clock()
     for streamer in (None, clock):
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            streamer=streamer,
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            **options,
-        )
+        _generate(model, prompt_ids.reshape(1, -1), new_tokens, streamer=streamer, **options)
     times = clock.times[1:]
     return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(times))
 
@@ -104,19 +107,8 @@ def deviation(model: Any, compiled: Any, prompt_ids: Tensor, new_tokens: int, **
     chose the same tokens (they may part at a tie). ``options`` go to ``generate``.
     """
     prompt = prompt_ids.reshape(1, -1)
-    first, second = (
-        each.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-        for each in (model, compiled)
-    )
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    first, second = (_generate(each, prompt, new_tokens, **options) for each in (model, compiled))
     worst = 0.0
     chosen = zip(*(run.sequences[0, prompt.shape[1] :].tolist() for run in (first, second)), strict=True)
     for expected, got, (token, other) in zip(first.logits, second.logits, chosen, strict=True):

@@ -17,14 +17,17 @@ from .types import Plan, PlannedSite, Scheme, Site
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def find_backend(device: str | torch.device) -> Backend:
-    """The backend of a device ("cpu", "cuda:0" ...); UnsupportedError when it, or the device, is not there."""
+def find_backend(device: str | torch.device, *, to_run: bool = True) -> Backend:
+    """The backend of a device ("cpu", "cuda:0" ...).
+
+    UnsupportedError when there is none, or (with ``to_run``) when the device itself is not there.
+    """
     kind = str(device).partition(":")[0]
     if kind not in plugins.names("backends"):
         known = did_you_mean(kind, plugins.names("backends"))
         raise UnsupportedError(f"there is no backend for device {str(device)!r}.{known}")
     backend = plugins.find("backends", kind)
-    if missing := backend.missing():
+    if to_run and (missing := backend.missing()):
         raise UnsupportedError(f"device {str(device)!r} cannot be used here: {missing}")
     return backend
 
