@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,7 @@ def quantize(
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     set_state(model, State(decided, report_, graph))
     gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
+    _return_memory()
     return model
 
 
@@ -223,8 +225,8 @@ def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iter
             if not planned.quantized:
                 yield SiteResult(planned, planned.bytes_after)
                 continue
-            yield _quantize_site(model, planned)
             _return_memory()
+            yield _quantize_site(model, planned)
             advance(planned.site.name)
 
 
@@ -242,7 +244,7 @@ def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
 
 def _return_memory() -> None:
     """Hand freed memory back to the system: glibc keeps blocks of up to 32 MB, which then pile up beside the model."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 

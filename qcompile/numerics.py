@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .types import PackedWeight, Scheme, WeightType
 
-CHUNK = 1 << 22  # elements of a weight that are worked on at once: bounds the float32 temporaries to some 100 MB
+CHUNK = 1 << 20  # elements of a weight that are worked on at once: bounds the float32 temporaries to some 25 MB
 
 
 # ---------------------------------------------------------------------------------------------------- bit streams

@@ -66,12 +66,13 @@ class Int4Pack(Kernel):
         groups = -(-inn // group)
         rows, columns = _round_up(out, _ROWS) - out, groups * group - inn
         zeros = packed.zeros if packed.zeros is not None else torch.full_like(packed.scales, 8, dtype=torch.uint8)
-        codes = numerics.unpack_codes(packed.codes, 4, inn).to(torch.int32)
-        codes = F.pad(codes, (0, columns, 0, rows), value=8)
+        codes = F.pad(numerics.unpack_codes(packed.codes, 4, inn), (0, columns, 0, rows), value=8)
+        step = _round_up(max(1, numerics.CHUNK // max(1, codes.shape[1])), _ROWS)  # bounds the int32 temporaries
+        blocks = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(c.to(torch.int32), 1) for c in codes.split(step)]
         scales = F.pad(packed.scales.expand(out, groups), (0, 0, 0, rows))
         shift = (8.0 - F.pad(zeros.expand(out, groups), (0, 0, 0, rows), value=8).float()) * scales.float()
         scales_and_shifts = torch.stack([scales, shift.to(scales.dtype)], -1).transpose(0, 1).contiguous()
-        tensors = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales_and_shifts]
+        tensors = [torch.cat(blocks), scales_and_shifts]
         return tensors if packed.permutation is None else [*tensors, packed.permutation]
 
     def restore(self, tensors: Sequence[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
