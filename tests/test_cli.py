@@ -102,7 +102,10 @@ class TestExitCodes:
         code = "from qcompile.cli import main; main()"
         arguments = ["generate", str(folder), "--prompt", "a b " * 5, "--max-new-tokens", "100000"]
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job's children
         )
         assert process.stdout is not None
         assert process.stdout.read(1)  # the text streams, also into a pipe
