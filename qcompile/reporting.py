@@ -175,6 +175,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def decibel(value: float) -> str:
+    """A signal-to-noise ratio in words: "19.8 dB", or "exact" for an infinite one."""
     return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
@@ -183,10 +184,12 @@ def _planned(plan: Plan) -> tuple[SiteResult, ...]:
 
 
 def bytes_after(report: Report) -> int:
+    """Bytes of the quantized model: every site as it became, and what belongs to no site."""
     return report.plan.other_bytes + sum(result.bytes_after for result in report.sites)
 
 
 def all_notes(report: Report) -> tuple[str, ...]:
+    """Notes of the plan and of the report, each once."""
     return tuple(dict.fromkeys((*report.plan.notes, *report.notes)))
 
 
@@ -263,6 +266,7 @@ def _pass_lines(record: PassRecord) -> list[str]:
 
 
 def pass_summary(record: PassRecord) -> str:
+    """What one pass did, in one line: matches, nodes before and after, numerics."""
     matches = f"{record.matches} match" + ("" if record.matches == 1 else "es")
     return f"{matches}, {record.nodes_before} → {record.nodes_after} nodes, {record.numerics}"
 
@@ -280,6 +284,7 @@ def _graph_lines(graph: GraphRecord) -> list[str]:
 
 
 def graph_summary(graph: GraphRecord) -> str:
+    """What one compilation was, in one line: nodes, regions compiled and reused, seconds."""
     regions = ""
     if graph.regions:
         reused = graph.regions - graph.compiled_regions
