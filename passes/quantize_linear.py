@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from ..sites import LINEARS
 from ..types import PlannedSite
 from .base import Result, replace
-
-LINEARS = (torch.ops.aten.linear.default, torch._C._nn.linear)
 
 
 @dataclass

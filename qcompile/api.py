@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from . import numerics, plugins
+from . import numerics
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
-from .modules import QuantLinear, quantized_modules, replace_module, set_state, state_of
+from .modules import quantize_site, quantized_modules, replace_module, set_state, state_of
 from .planning import find_backend, make_plan
 from .progress import progress_bar
 from .sites import first_names, module_name
@@ -214,7 +213,7 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
         name, weight = planned.site.name, _linear(model, planned).weight
         if weight.device.type == "meta":
             raise CalibrationError(f"{name}.weight is on the meta device: load the weights before quantizing")
-        if weight.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+        if not numerics.is_finite(weight):
             raise CalibrationError(f"{name}.weight holds NaN or infinite values; nothing was quantized")
 
 
@@ -230,16 +229,11 @@ def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iter
             advance(planned.site.name)
 
 
-@torch.no_grad()
 def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
-    linear, scheme = _linear(model, planned), planned.scheme
-    assert scheme is not None
-    method = plugins.find("methods", planned.method)
-    packed = method.quantize(linear.weight.detach(), scheme, dict(planned.options))
-    sqnr = numerics.signal_to_noise(linear.weight.detach(), packed)
-    quantized = QuantLinear(packed, linear.bias, planned.kernel, planned.site.dtype).train(linear.training)
-    replace_module(model, linear, quantized)
-    return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.tensors()), sqnr)
+    linear = _linear(model, planned)
+    quantized, result = quantize_site(planned, linear.weight.detach(), linear.bias)
+    replace_module(model, linear, quantized.train(linear.training))
+    return result
 
 
 def _return_memory() -> None:

@@ -99,7 +99,7 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
 def _refuse_float(module: GraphModule) -> None:
     """A graph with Linears of which none is quantized is compiled only on request: it would be plain Inductor."""
     from .passes.base import semantic_name
-    from .passes.quantize_linear import LINEARS
+    from .sites import LINEARS
 
     nodes = module.graph.nodes
     if any(semantic_name(node) for node in nodes) or not any(node.target in LINEARS for node in nodes):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import numerics, plugins
+from . import numerics
 from .config import QuantConfig
 from .errors import ConfigError
-from .modules import QuantLinear
+from .modules import QuantLinear, quantize_site
 from .planning import make_plan
 from .records import remember_float
 from .sites import find_roles, module_name
@@ -41,18 +41,17 @@ def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], con
 
     A graph without Linears (after a graph break) is left as it is. Raises like ``qcompile.quantize``.
     """
-    from .passes.quantize_linear import LINEARS, QuantizeLinear
+    from .passes.quantize_linear import QuantizeLinear
 
     started = time.perf_counter()
     values = dict(zip((n for n in module.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
-    calls = [node for node in module.graph.nodes if node.op == "call_function" and node.target in LINEARS]
-    if not calls:
-        return
     roles = find_roles(module)
+    if not roles:
+        return
     weights: dict[str, Tensor] = {}
     sites: dict[str, Site] = {}
-    for node in calls:
-        site, weight = _site(node, values, roles[node])
+    for node, role in roles.items():
+        site, weight = _site(node, values, role)
         sites.setdefault(site.name, site)
         if weight is not None:
             weights[site.name] = weight
@@ -101,16 +100,10 @@ def _pack(planned: PlannedSite, weight: Tensor) -> _Packed:
     if key not in packed:
         from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-        assert planned.scheme is not None
-        with unset_fake_temporarily(), torch.no_grad():
-            if not all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach())):
+        with unset_fake_temporarily():
+            if not numerics.is_finite(weight):
                 raise ConfigError(f"the weight of {planned.site.name} holds NaN or infinite values")
-            method = plugins.find("methods", planned.method)
-            canonical = method.quantize(weight.detach(), planned.scheme, dict(planned.options))
-            sqnr = numerics.signal_to_noise(weight.detach(), canonical)
-            quantized = QuantLinear(canonical, None, planned.kernel, planned.site.dtype)
-        size = sum(t.numel() * t.element_size() for t in quantized.tensors())
-        packed[key] = _Packed(quantized, SiteResult(planned, size, sqnr))
+            packed[key] = _Packed(*quantize_site(planned, weight.detach(), None))
     return packed[key]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import numerics, ops, plugins
 from .errors import ConfigError
-from .types import PackedWeight, State
+from .types import PackedWeight, PlannedSite, SiteResult, State
 
 
 class QuantLinear(nn.Module):
@@ -53,6 +53,17 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme}, kernel={self.kernel}"
         )
+
+
+@torch.no_grad()
+def quantize_site(planned: PlannedSite, weight: Tensor, bias: Tensor | None) -> tuple[QuantLinear, SiteResult]:
+    """Quantize a float weight [out, in] as planned: the module that takes its Linear's place, and what was lost."""
+    scheme = planned.scheme
+    assert scheme is not None
+    packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
+    sqnr = numerics.signal_to_noise(weight, packed)
+    module = QuantLinear(packed, bias, planned.kernel, planned.site.dtype)
+    return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.tensors()), sqnr)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:

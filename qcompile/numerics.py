@@ -197,6 +197,11 @@ def dequantize_packed(packed: PackedWeight, dtype: torch.dtype | None = None) ->
     return weight if dtype is None else weight.to(dtype)
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Whether no element is NaN or infinite; needs no temporary of the weight's size."""
+    return not weight.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(weight.detach()))
+
+
 def signal_to_noise(weight: Tensor, packed: PackedWeight) -> float:
     """``10 log10(|W|² / |W - W'|²)`` in dB: how much of the weight survived; ``inf`` when nothing was lost."""
     signal = noise = 0.0

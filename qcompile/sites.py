@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from .types import Site
 
 PREFIX = "model_under_trace"
-_LINEAR = (torch.ops.aten.linear.default, torch._C._nn.linear)
+LINEARS = (torch.ops.aten.linear.default, torch._C._nn.linear)
 _OTHER_PRODUCTS = {
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "matmul", "bmm", "baddbmm", "einsum")
@@ -51,7 +51,7 @@ def find_roles(graph: GraphModule) -> dict[Node, str]:
     vocabulary = {
         _tensor(node.args[1 if _is_functional(node) else 0]).shape[0] for node in nodes if _is(node, "embedding")
     }
-    return {node: _role(node, vocabulary) for node in nodes if node.op == "call_function" and node.target in _LINEAR}
+    return {node: _role(node, vocabulary) for node in nodes if node.op == "call_function" and node.target in LINEARS}
 
 
 def _is_functional(node: Node) -> bool:
@@ -71,10 +71,10 @@ def find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
             continue
         name = first.get(module_name(node), "")
         module = modules.get(name)
-        if node.target in _LINEAR and isinstance(module, nn.Linear):
+        if node.target in LINEARS and isinstance(module, nn.Linear):
             if name not in sites:
                 sites[name] = _site(name, module, roles[node], tied.get(name, ""), node)
-        elif node.target in _LINEAR or node.target in _OTHER_PRODUCTS:
+        elif node.target in LINEARS or node.target in _OTHER_PRODUCTS:
             _add_bare_product(sites, modules, name, node, roles.get(node, "linear"))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in sites:
@@ -201,7 +201,7 @@ def _is(node: Node, *names: str) -> bool:
 
 
 def _is_product(node: Node) -> bool:
-    return node.target in _LINEAR or node.target in _OTHER_PRODUCTS or _is(node, "scaled_dot_product_attention")
+    return node.target in LINEARS or node.target in _OTHER_PRODUCTS or _is(node, "scaled_dot_product_attention")
 
 
 def _through_views(node: Any) -> Node:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from .errors import ConfigError, TraceError, UnsupportedError
 from .sites import PREFIX, find_sites, plain_name, walk_sites
+from .skeleton import is_transformers
 from .types import Site
 
 
@@ -30,7 +31,7 @@ class Traced:
 
 def is_language_model(model: nn.Module) -> bool:
     """Whether ``model`` is a transformers model with a vocabulary; decided without importing transformers."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__) and hasattr(model.config, "vocab_size")
+    return is_transformers(model) and hasattr(model.config, "vocab_size")
 
 
 def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Traced:
