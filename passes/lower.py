@@ -15,18 +15,19 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..numerics import quantize_per_token
-from ..ops import find_kernel, scheme_of
+from ..numerics import quantize_activation
+from ..ops import activation_of, compute_experts, find_kernel, scheme_of
 from .base import Result, described, replace, semantic_name, signature
 
 IMPLEMENTATIONS: dict[str, Callable] = {
-    "quantize": quantize_per_token,
+    "quantize": lambda x, params, activation: quantize_activation(x, activation_of(activation), params),
     "linear": lambda x, weight, bias, scheme, kernel, out: find_kernel(kernel).linear(
         x, weight, bias, scheme_of(scheme), out
     ),
-    "scaled_linear": lambda codes, scale, weight, bias, scheme, kernel, out, dtype: find_kernel(kernel).scaled_linear(
-        codes, scale, weight, bias, scheme_of(scheme), out, dtype
+    "scaled_linear": lambda x, weight, bias, scheme, kernel, out, dtype: find_kernel(kernel).scaled_linear(
+        x, weight, bias, scheme_of(scheme), out, dtype
     ),
+    "quant_experts": compute_experts,
 }
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..sites import LINEARS
-from ..types import PlannedSite
+from ..types import ActivationType, PlannedSite
 from .base import Result, replace
 
 
@@ -24,12 +25,13 @@ class QuantizeLinear:
 
     site_of    maps a linear node to the name of its site, "" for none
     planned    the quantized sites by name; each must be found at least once
-    weights    gives the nodes of a site's kernel tensors (inserted before the call that is being replaced)
+    weights    gives the nodes of a site's kernel tensors and of its activations' parameters (inserted before the call
+               that is being replaced)
     """
 
     site_of: Callable[[Node], str]
     planned: Mapping[str, PlannedSite]
-    weights: Callable[[PlannedSite, Node], list[Node]]
+    weights: Callable[[PlannedSite, Node], tuple[list[Node], list[Node]]]
     name: str = "quantize_linear"
     numerics: str = "lossy"
 
@@ -59,21 +61,30 @@ class QuantizeLinear:
         graph, scheme = node.graph, planned.scheme
         assert scheme is not None
         x, bias = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        weights = self.weights(planned, node)
+        weights, params = self.weights(planned, node)
         common = (weights, bias, str(scheme), planned.kernel, planned.site.out_features)
         dtype = planned.site.dtype
         if scheme.activation is None:
             new = graph.call_function(torch.ops.qcompile.linear.default, (x, *common))
         else:
-            pair = graph.call_function(torch.ops.qcompile.quantize.default, (x,))
-            codes, scale = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
-            new = graph.call_function(torch.ops.qcompile.scaled_linear.default, (codes, scale, *common, dtype))
-            _carry_stack(node, pair, codes, scale)
-            if isinstance(x, Node) and isinstance(value := x.meta.get("val"), torch.Tensor):
-                pair.meta["val"] = torch.ops.qcompile.quantize.default(value)
-                codes.meta["val"], scale.meta["val"] = pair.meta["val"]
+            parts = quantized_input(node, x, params, scheme.activation)
+            new = graph.call_function(torch.ops.qcompile.scaled_linear.default, (parts, *common, dtype))
         _carry_stack(node, new)
         return new
+
+
+def quantized_input(node: Node, x: Any, params: list[Node], activation: ActivationType) -> list[Node]:
+    """Nodes before ``node`` that quantize its input ``x``: what ``scaled_linear`` takes."""
+    graph = node.graph
+    parts = graph.call_function(torch.ops.qcompile.quantize.default, (x, params, str(activation)))
+    items = [graph.call_function(operator.getitem, (parts, i)) for i in range(activation.parts)]
+    _carry_stack(node, parts, *items)
+    if isinstance(x, Node) and isinstance(value := x.meta.get("val"), torch.Tensor):
+        values = [param.meta["val"] for param in params]
+        parts.meta["val"] = torch.ops.qcompile.quantize.default(value, values, str(activation))
+        for item, fake in zip(items, parts.meta["val"], strict=True):
+            item.meta["val"] = fake
+    return items if activation.dynamic else [*items, *params]
 
 
 def _carry_stack(old: Node, *new: Node) -> None:

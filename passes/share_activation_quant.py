@@ -27,7 +27,8 @@ class ShareActivationQuant:
         for node in list(module.graph.nodes):
             if semantic_name(node) != "quantize":
                 continue
-            kept = first.setdefault((node.args, tuple(node.kwargs.items())), node)
+            x, params, activation = node.args
+            kept = first.setdefault((x, tuple(params), activation), node)
             if kept is not node:
                 replace(node, kept, self.name)
                 result.matches += 1

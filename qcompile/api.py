@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from . import numerics
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
-from .modules import quantize_site, quantized_modules, replace_module, set_state, state_of
+from .modules import QuantWeight, quantize_site, quantized_modules, replace_module, set_state, state_of
 from .planning import find_backend, make_plan
 from .progress import progress_bar
 from .sites import first_names, module_name
@@ -246,12 +246,13 @@ def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
     """Rewrite the exported graph like the model; PassError names every planned site that is not in the graph."""
     from .passes.quantize_linear import QuantizeLinear
 
-    def weights(planned: PlannedSite, node: Node) -> list[Node]:
-        module = model.get_submodule(planned.site.name)
-        return [
-            attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
+    def weights(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
+        module = cast(QuantWeight, model.get_submodule(planned.site.name))
+        named = {
+            name: attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
             for name, tensor in module.named_buffers(recurse=False)
-        ]
+        }
+        return list(named.values())[: len(module.tensors())], list(named.values())[len(module.tensors()) :]
 
     first = first_names(model)
 

@@ -18,7 +18,7 @@ from . import plugins, skeleton
 from .errors import ConfigError, FormatError, UnsupportedError
 from .formats import Format, StoredSite
 from .kernels import Backend, choose
-from .modules import QuantLinear, quantized_modules, replace_module, set_state
+from .modules import QuantWeight, module_of, quantized_modules, replace_module, set_state
 from .planning import find_backend
 from .progress import progress_bar
 from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, read_json, shortened, write_json
@@ -93,7 +93,7 @@ def _write_tensors(
     writer: ShardWriter,
     format: Format,
     floats: dict[str, Tensor],
-    modules: dict[str, QuantLinear],
+    modules: dict[str, QuantWeight],
     progress: bool | None,
 ) -> list[StoredSite]:
     sites = []
@@ -291,7 +291,7 @@ class _Survey:
                 advance(planned.site.name)
         return tuple(results)
 
-    def _load_site(self, planned: PlannedSite) -> QuantLinear:
+    def _load_site(self, planned: PlannedSite) -> QuantWeight:
         name = planned.site.name
         stored, linear = self.stored[name], self.model.get_submodule(name)
         assert self.format is not None
@@ -301,7 +301,7 @@ class _Survey:
         except (FormatError, UnsupportedError) as error:
             file = self.folder.headers[stored.tensors[0]].file
             raise type(error)(f"{self.folder.path / file}: {error}") from None
-        quantized = QuantLinear(_to(packed, self.device), linear.bias, planned.kernel, planned.site.dtype)
+        quantized = module_of(planned, _to(packed, self.device), linear.bias)
         replace_module(self.model, linear, quantized)
         return quantized
 
@@ -368,5 +368,6 @@ def _takes_scales(kernel: str, scheme: Scheme) -> bool:
 
 
 def _to(packed: PackedWeight, device: str) -> PackedWeight:
-    moved = {name: tensor.to(device) for name, tensor in packed.tensors().items()}
+    stored = packed.tensors() | packed.activation_tensors()
+    moved = {name: tensor.to(device) for name, tensor in stored.items()}
     return PackedWeight(packed.scheme, packed.shape, **moved)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import numerics
 from .config import QuantConfig
 from .errors import ConfigError
-from .modules import QuantLinear, quantize_site
+from .modules import QuantWeight, quantize_site
 from .planning import make_plan
 from .records import remember_float
 from .sites import find_roles, module_name
@@ -29,7 +29,7 @@ from .verify import run_pass
 
 @dataclass(frozen=True)
 class _Packed:
-    module: QuantLinear
+    module: QuantWeight
     result: SiteResult
 
 
@@ -58,14 +58,15 @@ def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], con
     plan = make_plan(config, sites.values(), next(iter(weights.values())).device.type if weights else "cpu")
     packed = {p.site.name: _pack(p, weights[p.site.name]) for p in plan.quantized}
 
-    def tensors(planned: PlannedSite, node: Node) -> list[Node]:
-        found = []
-        for name, tensor in packed[planned.site.name].module.named_buffers():
+    def tensors(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
+        found, quantized = [], packed[planned.site.name].module
+        for name, tensor in quantized.named_buffers():
             attribute = f"{planned.site.name}_{name}".replace(".", "_")
             if not hasattr(module, attribute):
                 _add_weight(module, attribute, tensor)
             found.append(node.graph.get_attr(attribute))
-        return found
+        count = len(quantized.tensors())
+        return found[:count], found[count:]
 
     rewrite = QuantizeLinear(module_name, {p.site.name: p for p in plan.quantized}, tensors)
     record = run_pass(rewrite, module)

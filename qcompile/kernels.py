@@ -1,12 +1,13 @@
 """What a kernel is: a device layout, a reason why not, and plain ATen operations that compute with it.
 
-A kernel's ``linear`` and ``scaled_linear`` are ordinary traceable torch code. Eager execution calls them as they are;
-the pass ``lower`` traces them into the compiled graph. A backend's folder lists its kernels, best first.
+A kernel's ``linear``, ``scaled_linear`` and ``grouped_linear`` are ordinary traceable torch code. Eager execution calls
+them as they are; the pass ``lower`` traces them into the compiled graph. A backend's folder lists its kernels, best
+first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,11 +17,14 @@ from torch.nn import functional as F
 from . import numerics
 from .types import PackedWeight, Scheme, Site
 
+NO_PARAMS: Mapping[str, Tensor] = {}
+
 
 class Kernel:
     """The kernel named "reference": canonical tensors, dequantized at every call. The definition of every other one."""
 
     name = "reference"
+    kinds: tuple[str, ...] = ("linear", "experts")  # which sites it is for
 
     def computes(self, scheme: Scheme) -> bool:
         """Whether this kernel is about such numbers at all; if not, its refusal is no news."""
@@ -33,16 +37,25 @@ class Kernel:
     def nbytes(self, site: Site, scheme: Scheme) -> int:
         """Bytes of the prepared tensors, for the memory estimate of a plan."""
         weight, groups = scheme.weight, scheme.weight.groups(site.in_features)
-        row = -(-site.in_features * weight.bits // 8) + groups * site.dtype.itemsize
-        return site.out_features * (row + (0 if weight.symmetric else groups))
+        scales = weight.scale_rows(site.out_features) * groups
+        codes = site.out_features * -(-site.in_features * weight.bits // 8)
+        one = codes + scales * (site.dtype.itemsize if weight.number in ("int", "fp8") else 1)
+        return max(1, site.experts) * (one + (0 if weight.symmetric else scales))
 
     def prepare(self, packed: PackedWeight) -> list[Tensor]:
         """Device tensors of a canonical weight."""
         return list(packed.tensors().values())
 
-    def restore(self, tensors: Sequence[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
-        """Exact inverse of ``prepare``."""
-        return PackedWeight(scheme, shape, *_named(tensors, scheme))
+    def restore(
+        self,
+        tensors: Sequence[Tensor],
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        activation: Mapping[str, Tensor] = NO_PARAMS,
+    ) -> PackedWeight:
+        """Exact inverse of ``prepare``; ``activation`` holds ``PackedWeight.activation_tensors`` by name."""
+        codes, scales, zeros, permutation, outer = _named(tensors, scheme)
+        return PackedWeight(scheme, shape, codes, scales, zeros, permutation, outer, **activation)
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, scheme: Scheme, out: int) -> Tensor:
         """``x @ W.T + bias`` for float x [..., in]; the result has the dtype of x."""
@@ -50,24 +63,70 @@ class Kernel:
 
     def scaled_linear(
         self,
-        codes: Tensor,
-        scale: Tensor,
+        x: Sequence[Tensor],
         weight: Sequence[Tensor],
         bias: Tensor | None,
         scheme: Scheme,
         out: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """``(codes * scale) @ W.T + bias`` for int8 codes [..., in]; sums are exact in float64."""
-        packed, channel_scale, _, permutation = _named(weight, scheme)
-        if permutation is not None:
-            codes = codes.index_select(-1, permutation)
-        total = F.linear(codes.double(), numerics.signed_codes(packed).double()).float()
-        return finish_scaled(total, scale, channel_scale.flatten(), bias, dtype)
+        """``x @ W.T + bias`` for quantized activations, [codes, scale] or [codes, scale, zero]; exact in float64."""
+        assert scheme.activation is not None
+        inputs = numerics.dequantize_activation(x, scheme.activation)
+        exact = self._dequantize(weight, scheme, inputs.shape[-1], torch.float64)
+        return F.linear(inputs, exact, None if bias is None else bias.double()).to(dtype)
+
+    def grouped_linear(
+        self,
+        x: Sequence[Tensor],
+        ends: Tensor,
+        weight: Sequence[Tensor],
+        scheme: Scheme,
+        out: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rows sorted by expert, each times the weight of its own: [rows, in] -> [rows, out] in ``dtype``.
+
+        x: [rows] of floats for weight-only schemes, else quantized activations as for ``scaled_linear``, of which static
+        ones have one scale per row. ends: int32 [experts], where the rows of each expert end; an expert without rows
+        costs nothing.
+        """
+        return torch.ops.qcompile_reference.grouped_linear(list(x), ends, list(weight), str(scheme), out, dtype)
 
     @staticmethod
-    def _dequantize(tensors: Sequence[Tensor], scheme: Scheme, in_features: int) -> Tensor:
-        return numerics.dequantize(*_named(tensors, scheme), scheme, in_features)
+    def _dequantize(
+        tensors: Sequence[Tensor], scheme: Scheme, in_features: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        codes, scales, zeros, permutation, outer = _named(tensors, scheme)
+        scales = scales if dtype is None else scales.to(dtype)
+        return numerics.dequantize(codes, scales, zeros, permutation, scheme, in_features, outer)
+
+
+def _grouped_reference(
+    x: list[Tensor], ends: Tensor, weight: list[Tensor], scheme: str, out: int, dtype: torch.dtype
+) -> Tensor:
+    """One product per expert that has rows, on its own slice of the weight; nothing else is dequantized."""
+    kernel, parsed = Kernel(), Scheme.parse(scheme)
+    result = x[0].new_empty((x[0].shape[0], out), dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            rows = [tensor[start:end] for tensor in x]
+            own = [tensor[expert] for tensor in weight]
+            if parsed.activation is None:
+                result[start:end] = kernel.linear(rows[0], own, None, parsed, out)
+            else:
+                result[start:end] = kernel.scaled_linear(rows, own, None, parsed, out, dtype)
+        start = end
+    return result
+
+
+# Its loop depends on data, so no graph can hold it: the one op of a lowered graph that needs Python to run.
+torch.library.custom_op("qcompile_reference::grouped_linear", _grouped_reference, mutates_args=())
+torch.library.register_fake(
+    "qcompile_reference::grouped_linear",
+    lambda x, ends, weight, scheme, out, dtype: x[0].new_empty((x[0].shape[0], out), dtype=dtype),
+)
 
 
 def finish_scaled(
@@ -78,11 +137,14 @@ def finish_scaled(
     return (result if bias is None else result + bias.float()).to(dtype)
 
 
-def _named(tensors: Sequence[Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(codes, scales, zeros, permutation) from the flat list that ``PackedWeight.tensors`` gave."""
+def _named(
+    tensors: Sequence[Tensor], scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(codes, scales, zeros, permutation, outer) from the flat list that ``PackedWeight.tensors`` gave."""
     codes, scales, *rest = tensors
     zeros = None if scheme.weight.symmetric else rest.pop(0)
-    return codes, scales, zeros, rest[0] if rest else None
+    outer = rest.pop(0) if scheme.weight.number == "nvfp4" else None
+    return codes, scales, zeros, rest[0] if rest else None, outer
 
 
 class Backend(Protocol):
@@ -105,10 +167,11 @@ def choose(backend: Backend, site: Site, scheme: Scheme) -> tuple[Kernel | None,
 
     With no kernel at all the reason lists every refusal.
     """
-    refusals = [(kernel, kernel.refuses(site, scheme)) for kernel in backend.kernels]
+    suited = [kernel for kernel in backend.kernels if site.kind in kernel.kinds]
+    refusals = [(kernel, kernel.refuses(site, scheme)) for kernel in suited]
     chosen = next((kernel for kernel, reason in refusals if not reason), None)
     if chosen is None:
         every = "; ".join(f"{kernel.name}: {reason}" for kernel, reason in refusals)
-        return None, every or f"backend {backend.name} has no kernels"
+        return None, every or f"backend {backend.name} has no kernels for {site.kind} sites"
     better = refusals[: [kernel for kernel, _ in refusals].index(chosen)]
     return chosen, "; ".join(f"{k.name}: {reason}" for k, reason in better if k.computes(scheme))

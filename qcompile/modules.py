@@ -1,4 +1,4 @@
-"""What ``print(model)`` shows at the name of a quantized Linear."""
+"""What ``print(model)`` shows at the name of a quantized Linear, and of quantized experts."""
 
 from __future__ import annotations
 
@@ -14,61 +14,136 @@ from .errors import ConfigError
 from .types import PackedWeight, PlannedSite, SiteResult, State
 
 
-class QuantLinear(nn.Module):
-    """A Linear with a quantized weight, in the layout of one kernel.
+class QuantWeight(nn.Module):
+    """A quantized weight in the layout of one kernel, and its bias.
 
-    Buffers ``weight_0``, ``weight_1`` ... hold the kernel's tensors; ``packed()`` gives the canonical form back.
-    ``forward`` takes x [..., in_features] and returns [..., out_features] in x's dtype.
+    Buffers ``weight_0``, ``weight_1`` ... hold the kernel's tensors, ``input_scale``, ``input_zero`` and ``alpha`` what
+    the quantization of its input needs; ``packed()`` gives the canonical form back. ``shape`` is (out, in), or
+    (experts, out, in) with a bias [experts, out].
     """
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None, kernel: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out_features, self.in_features = packed.shape
-        self.scheme, self.kernel, self.dtype = packed.scheme, kernel, dtype
+        self.shape, self.scheme, self.kernel, self.dtype = packed.shape, packed.scheme, kernel, dtype
         tensors = ops.find_kernel(kernel).prepare(packed)
         for i, tensor in enumerate(tensors):
             self.register_buffer(f"weight_{i}", tensor)
         self._tensor_count = len(tensors)
+        for name, tensor in packed.activation_tensors().items():
+            self.register_buffer(name, tensor)
+        self._params = tuple(packed.activation_tensors())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def out_features(self) -> int:
+        """Output features, of one expert where there are several."""
+        return self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        """Input features."""
+        return self.shape[-1]
 
     def tensors(self) -> list[Tensor]:
         """The kernel's tensors."""
         return [getattr(self, f"weight_{i}") for i in range(self._tensor_count)]
 
+    def params(self) -> list[Tensor]:
+        """What ``qcompile::quantize`` takes beside the activations."""
+        return [getattr(self, name) for name in self._params]
+
     def packed(self) -> PackedWeight:
         """The canonical weight."""
-        return ops.find_kernel(self.kernel).restore(self.tensors(), self.scheme, (self.out_features, self.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scheme = str(self.scheme)
-        if self.scheme.activation is None:
-            return torch.ops.qcompile.linear(x, self.tensors(), self.bias, scheme, self.kernel, self.out_features)
-        codes, scale = torch.ops.qcompile.quantize(x)
-        return torch.ops.qcompile.scaled_linear(
-            codes, scale, self.tensors(), self.bias, scheme, self.kernel, self.out_features, x.dtype
-        )
+        params = dict(zip(self._params, self.params(), strict=True))
+        return ops.find_kernel(self.kernel).restore(self.tensors(), self.scheme, self.shape, params)
 
     def extra_repr(self) -> str:
+        experts = f"experts={self.shape[0]}, " if len(self.shape) == 3 else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme={self.scheme}, kernel={self.kernel}"
+            f"{experts}in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme}, kernel={self.kernel}"
         )
+
+
+class QuantLinear(QuantWeight):
+    """A Linear with a quantized weight: x [..., in_features] -> [..., out_features] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scheme, activation = str(self.scheme), self.scheme.activation
+        if activation is None:
+            return torch.ops.qcompile.linear(x, self.tensors(), self.bias, scheme, self.kernel, self.out_features)
+        params = self.params()
+        parts = torch.ops.qcompile.quantize(x, params, str(activation))
+        return torch.ops.qcompile.scaled_linear(
+            parts if activation.dynamic else [*parts, *params],
+            self.tensors(), self.bias, scheme, self.kernel, self.out_features, x.dtype,
+        )  # fmt: skip
+
+
+class QuantExperts(nn.Module):
+    """The experts of one layer, quantized: ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``.
+
+    ``forward`` takes hidden states [tokens, hidden] (or [batch, sequence, hidden]), the chosen experts and their
+    weights [tokens, k], as the experts of transformers do, and returns the weighted sum in the shape and dtype of the
+    hidden states. The projections are named as the float module named its parameters.
+    """
+
+    def __init__(self, up: tuple[str, QuantWeight], down: tuple[str, QuantWeight], activation: str) -> None:
+        super().__init__()
+        self._up, self._down, self.activation = up[0], down[0], activation
+        self.add_module(*up)
+        self.add_module(*down)
+
+    @property
+    def up(self) -> QuantWeight:
+        """The projection that makes gate and up, gate first."""
+        return self.get_submodule(self._up)  # type: ignore[return-value]
+
+    @property
+    def down(self) -> QuantWeight:
+        """The projection back to the hidden size."""
+        return self.get_submodule(self._down)  # type: ignore[return-value]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        x = hidden_states.reshape(-1, up.in_features)
+        kind = up.scheme.activation
+        parts = [x]
+        if kind is not None and kind.dynamic and not kind.clip:
+            parts = torch.ops.qcompile.quantize(x, [], str(kind))
+        k = top_k_index.shape[-1]
+        result = torch.ops.qcompile.quant_experts(
+            parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k),
+            up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),
+            f"{up.scheme}|{down.scheme}", f"{up.kernel}|{down.kernel}", self.activation,
+            [up.shape[0], up.in_features, down.in_features], x.dtype,
+        )  # fmt: skip
+        return result.view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
 
 
 @torch.no_grad()
-def quantize_site(planned: PlannedSite, weight: Tensor, bias: Tensor | None) -> tuple[QuantLinear, SiteResult]:
-    """Quantize a float weight [out, in] as planned: the module that takes its Linear's place, and what was lost."""
+def quantize_site(planned: PlannedSite, weight: Tensor, bias: Tensor | None) -> tuple[QuantWeight, SiteResult]:
+    """Quantize a float weight [out, in] or [experts, out, in] as planned: its module, and what was lost."""
     scheme = planned.scheme
     assert scheme is not None
     packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
     sqnr = numerics.signal_to_noise(weight, packed)
-    module = QuantLinear(packed, bias, planned.kernel, planned.site.dtype)
-    return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.tensors()), sqnr)
+    module = module_of(planned, packed, bias)
+    return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.buffers()), sqnr)
 
 
-def quantized_modules(model: nn.Module) -> dict[str, QuantLinear]:
-    """All QuantLinear modules of ``model`` by name; a module that is reached by two names appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def module_of(planned: PlannedSite, packed: PackedWeight, bias: Tensor | None) -> QuantWeight:
+    """The module that holds the packed weight of a site."""
+    kind = QuantLinear if planned.site.kind == "linear" else QuantWeight
+    return kind(packed, bias, planned.kernel, planned.site.dtype)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantWeight]:
+    """All quantized weights of ``model`` by the name of their site; one that is reached by two names appears once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -1,18 +1,19 @@
 """Rounding, scales and packing: all bit twiddling of qcompile, in plain torch.
 
-Conventions, used everywhere: weights are ``W = (q - z) * s`` with unsigned codes ``q``; rounding is half to even
-(torch.round); a product of code and scale is computed in the scale's dtype with one rounding.
+Conventions, used everywhere: weights are ``W = (q - z) * s`` with unsigned codes ``q``, activations ``x = (q - z) * s``
+with signed ones; rounding is half to even (torch.round); a product of code and scale is computed in the scale's dtype with one rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .types import PackedWeight, Scheme, WeightType
+from .errors import UnsupportedError
+from .types import ActivationType, PackedWeight, Scheme, WeightType
 
 CHUNK = 1 << 20  # elements of a weight that are worked on at once: bounds the float32 temporaries to some 25 MB
 
@@ -127,7 +128,7 @@ def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_weight(
     weight: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype | None = None, observer: str = "minmax"
 ) -> PackedWeight:
-    """Round a float weight [out, in] to the nearest codes of ``scheme``.
+    """Round a float weight [out, in], or [experts, out, in], to the nearest codes of ``scheme``.
 
     scale_dtype: dtype in which scales are stored (default: the weight's). observer: "minmax" takes the range of each
     group, "mse" searches the shrunk range of least squared error. The weight must be finite; asymmetric codes can stand
@@ -135,9 +136,11 @@ def quantize_weight(
     worked on in chunks, so temporaries stay small.
     """
     weight_type, scale_dtype = scheme.weight, scale_dtype or weight.dtype
-    out, inn = weight.shape
+    if weight_type.number != "int":
+        raise UnsupportedError(f"rounding to {weight_type.number} weights is not supported")
+    *experts, out, inn = weight.shape
     codes, scales, zeros = [], [], []
-    for rows in _row_chunks(weight):
+    for rows in _row_chunks(weight.reshape(-1, inn)):
         groups = _groups(rows, weight_type.group_size)
         s, z = _minmax_scales(groups, weight_type, scale_dtype)
         if observer == "mse":
@@ -146,12 +149,16 @@ def quantize_weight(
         codes.append(pack_codes(q, weight_type.bits))
         scales.append(s.to(scale_dtype))
         zeros.append(z.to(torch.uint8))
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).unflatten(0, (*experts, out)) if experts else torch.cat(parts)
+
     return PackedWeight(
         scheme,
-        (out, inn),
-        torch.cat(codes),
-        torch.cat(scales),
-        None if weight_type.symmetric else torch.cat(zeros),
+        (*experts, out, inn),
+        joined(codes),
+        joined(scales),
+        None if weight_type.symmetric else joined(zeros),
     )
 
 
@@ -160,11 +167,32 @@ def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
     yield from weight.split(rows) if weight.shape[0] else [weight]
 
 
-def expand_groups(values: Tensor, weight_type: WeightType, in_features: int) -> Tensor:
-    """Repeat values [out, G] of each group for its columns: [out, in]; a per-channel [out, 1] is left to broadcast."""
+def expand_groups(values: Tensor, weight_type: WeightType, out_features: int, in_features: int) -> Tensor:
+    """Repeat values [..., rows, G] of each group for its weights: [..., out, in], or a shape that broadcasts to it."""
+    if weight_type.block:
+        rows, columns = weight_type.block
+        values = values.repeat_interleave(rows, dim=-2)[..., :out_features, :]
+        return values.repeat_interleave(columns, dim=-1)[..., :in_features]
     if weight_type.group_size is None:
         return values
-    return values.repeat_interleave(weight_type.group_size, dim=1)[:, :in_features]
+    return values.repeat_interleave(weight_type.group_size, dim=-1)[..., :in_features]
+
+
+def code_values(codes: Tensor, weight_type: WeightType, in_features: int) -> Tensor:
+    """The numbers that canonical codes [..., bytes] stand for before zero points and scales: [..., in].
+
+    Integers as int16 (0 .. 2 ** bits - 1), small floats (OCP: e4m3, e2m1 with the sign in bit 3) as float32.
+    """
+    unpacked = unpack_codes(codes, weight_type.bits, in_features)
+    if weight_type.number == "int":
+        return unpacked.to(torch.int16)
+    if weight_type.bits == 8:
+        return unpacked.contiguous().view(torch.float8_e4m3fn).float()
+    magnitude = (unpacked & 7).float()
+    # e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6
+    exponent = torch.exp2((magnitude / 2).floor().clamp(min=1) - 1)
+    value = torch.where(magnitude < 2, magnitude / 2, (1 + (magnitude % 2) / 2) * exponent)
+    return torch.where(unpacked >= 8, -value, value)
 
 
 def dequantize(
@@ -174,26 +202,35 @@ def dequantize(
     permutation: Tensor | None,
     scheme: Scheme,
     in_features: int,
+    outer: Tensor | None = None,
 ) -> Tensor:
-    """The weight [out, in] that canonical tensors stand for, in the dtype of the scales.
+    """The weight [..., out, in] that canonical tensors stand for, in the dtype of the scales.
 
-    ``q - z`` is an exact small integer; it is multiplied by the scale with one rounding.
+    ``q - z`` is an exact small integer; it is multiplied by the scale with one rounding. Scales in 8 bits (nvfp4, mx
+    formats) are widened to float32, the result's dtype, and divided by ``outer`` first if there is one.
     """
-    weight_type = scheme.weight
-    q = unpack_codes(codes, weight_type.bits, in_features).to(torch.int16)
-    if zeros is None:
-        q = q - 2 ** (weight_type.bits - 1)
-    else:
-        q = q - expand_groups(zeros.to(torch.int16), weight_type, in_features)
-    weight = q.to(scales.dtype) * expand_groups(scales, weight_type, in_features)
+    weight_type, out = scheme.weight, codes.shape[-2]
+    if scales.dtype.itemsize == 1:
+        scales = scales.float()
+    if outer is not None:
+        scales = scales / outer[..., None].to(scales.dtype)
+    q = code_values(codes, weight_type, in_features)
+    if weight_type.number == "int":
+        half = 2 ** (weight_type.bits - 1)
+        q = q - (half if zeros is None else expand_groups(zeros.to(torch.int16), weight_type, out, in_features))
+    weight = q.to(scales.dtype) * expand_groups(scales, weight_type, out, in_features)
     if permutation is None:
         return weight
-    return torch.empty_like(weight).index_copy_(1, permutation.long(), weight)
+    columns = permutation.long()[..., None, :].expand_as(weight)
+    return torch.empty_like(weight).scatter_(-1, columns, weight)
 
 
 def dequantize_packed(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The float weight [out, in] of a PackedWeight, in ``dtype`` (default: that of its scales)."""
-    weight = dequantize(packed.codes, packed.scales, packed.zeros, packed.permutation, packed.scheme, packed.shape[1])
+    """The float weight [..., out, in] of a PackedWeight, in ``dtype`` (default: that of its scales)."""
+    stored, inn = packed.tensors(), packed.shape[-1]
+    weight = dequantize(
+        packed.codes, packed.scales, packed.zeros, packed.permutation, packed.scheme, inn, stored.get("outer")
+    )
     return weight if dtype is None else weight.to(dtype)
 
 
@@ -205,34 +242,83 @@ def is_finite(weight: Tensor) -> bool:
 def signal_to_noise(weight: Tensor, packed: PackedWeight) -> float:
     """``10 log10(|W|² / |W - W'|²)`` in dB: how much of the weight survived; ``inf`` when nothing was lost."""
     signal = noise = 0.0
-    step = max(1, CHUNK // max(1, packed.shape[1]))
-    for start in range(0, packed.shape[0], step):
-        rows = slice(start, start + step)
-        zeros = None if packed.zeros is None else packed.zeros[rows]
-        restored = dequantize(
-            packed.codes[rows], packed.scales[rows], zeros, packed.permutation, packed.scheme, packed.shape[1]
-        )
-        exact = weight[rows].float()
-        signal += exact.square().sum().item()
-        noise += (exact - restored.float()).square_().sum().item()
+    experts = packed.shape[0] if len(packed.shape) == 3 else 0
+    for index in range(max(1, experts)):
+        exact, part = (weight[index], packed.expert(index)) if experts else (weight, packed)
+        for rows, restored in _restored_rows(part):
+            wanted = exact[rows].float()
+            signal += wanted.square().sum().item()
+            noise += (wanted - restored.float()).square_().sum().item()
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
+def _restored_rows(packed: PackedWeight) -> Iterator[tuple[slice, Tensor]]:
+    """The dequantized weight, some rows at a time."""
+    weight_type = packed.scheme.weight
+    out, inn = packed.shape
+    height = weight_type.block[0] if weight_type.block else 1
+    step = max(height, CHUNK // max(1, inn) // height * height)
+    for start in range(0, out, step):
+        rows = slice(start, start + step)
+        above = slice(None) if weight_type.per_tensor else slice(start // height, -(-(start + step) // height))
+        zeros = None if packed.zeros is None else packed.zeros[above]
+        scales, codes = packed.scales[above], packed.codes[rows]
+        yield rows, dequantize(codes, scales, zeros, packed.permutation, packed.scheme, inn, packed.outer)
+
+
 # ---------------------------------------------------------------------------------------------------- activations
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row of ``x`` to int8: ``scale = max|x| / 127``, ``code = round(x / scale)`` in -127..127.
+def quantize_activation(x: Tensor, activation: ActivationType, params: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Quantize float activations x [..., n]: ``[codes, scale]`` or ``[codes, scale, zero]``; static: ``[codes]``.
 
-    x: float [..., n], computed in float32. Returns codes int8 [..., n] and scale float32 [..., 1]. A row of zeros has
-    scale 0 and codes 0. This is the range and rounding of Ascend's npu_dynamic_quant.
+    Everything is computed in float32, with ``x ≈ (code - zero) * scale``. Codes are int8 (also of 4 bits), one per
+    element; ``top`` is 2 ** (bits - 1) - 1.
+
+    dynamic, symmetric   scale = max|row| / top, float32 [..., 1]; code = round(x / scale) in -top .. top. A row of
+                         zeros has scale 0 and codes 0. (Range and rounding of Ascend's npu_dynamic_quant.)
+    dynamic, asymmetric  of the row's range, extended to include 0: scale = (max - min) / (2 top + 1); zero = round(-top
+                         - 1 - min / scale), int32 [..., 1]; code = round(x / scale) + zero in -top - 1 .. top
+    clip                 params: [alpha]; m = alpha * max|row|; x is clamped to -m .. m and scale = m / top (the
+                         learned clip of w4a8 experts)
+    static               params: [scale] or [scale, zero]; code = round(x / scale) + zero, in -top - 1 .. top
+
+    Params broadcast against [..., 1]: one for all rows, or one per row (that of its expert).
     """
-    values = x.float()
-    scale = values.abs().amax(-1, keepdim=True) / 127
+    if activation.number != "int":
+        raise UnsupportedError(f"quantizing activations to {activation.number} is not supported")
+    values, top = x.float(), 2 ** (activation.bits - 1) - 1
+    if not activation.dynamic:
+        scale, *zero = params
+        codes = torch.round(values / scale) + (zero[0] if zero else 0)
+        return [codes.clamp(-top - 1, top).to(torch.int8)]
+    if not activation.symmetric:
+        low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / (2 * top + 1)
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        shift = torch.round(-top - 1 - low / safe).clamp(-top - 1, top)
+        codes = (torch.round(values / safe) + shift).clamp(-top - 1, top)
+        return [codes.to(torch.int8), scale, shift.to(torch.int32)]
+    largest = values.abs().amax(-1, keepdim=True)
+    if activation.clip:
+        largest = largest * params[0]
+    scale = largest / top
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.round(values / safe).clamp(-127, 127).to(torch.int8), scale
+    return [torch.round(values / safe).clamp(-top, top).to(torch.int8), scale]
+
+
+def dequantize_activation(quantized: Sequence[Tensor], activation: ActivationType) -> Tensor:
+    """What ``[codes, scale]`` or ``[codes, scale, zero]`` stand for, exactly in float64: [..., n]."""
+    codes, scale, *zero = quantized
+    values = codes.double()
+    if zero:
+        values = values - zero[0].double()
+    if activation.group_size:
+        size = activation.group_size
+        return values * scale.double().repeat_interleave(size, dim=-1)[..., : codes.shape[-1]]
+    return values * scale.double()
 
 
 def signed_codes(codes: Tensor) -> Tensor:

@@ -8,18 +8,31 @@ lowered graph holds none of these ops: the pass ``lower`` replaces each by its k
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 from . import numerics, plugins
-from .types import Scheme
+from .errors import UnsupportedError
+from .gates import up_rows
+from .moe import run_experts
+from .types import ActivationType, Scheme
+
+CODE_DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What ``quantize`` returns codes in; fp4 and mx formats give their values, in float32."""
 
 
 @functools.cache
 def scheme_of(name: str) -> Scheme:
     """Parse a scheme name once."""
     return Scheme.parse(name)
+
+
+@functools.cache
+def activation_of(name: str) -> ActivationType:
+    """Parse an activation type once."""
+    return ActivationType.parse(name)
 
 
 @functools.cache
@@ -41,20 +54,29 @@ def _(x, weight, bias, scheme, kernel, out_features):
 
 
 @torch.library.custom_op("qcompile::quantize", mutates_args=())
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize activations per token: x [..., n] -> int8 codes [..., n], float32 scale [..., 1]."""
-    return numerics.quantize_per_token(x.contiguous())
+def quantize(x: Tensor, params: list[Tensor], activation: str) -> list[Tensor]:
+    """Quantize activations x [..., n]: [codes, scale], [codes, scale, zero], or (static) [codes].
+
+    activation: ``str(ActivationType)``; params: what ``PackedWeight.activation_tensors`` holds. The definition is
+    ``numerics.quantize_activation``.
+    """
+    return numerics.quantize_activation(x.contiguous(), activation_of(activation), params)
 
 
 @quantize.register_fake
-def _(x):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+def _(x, params, activation):
+    kind = activation_of(activation)
+    codes = x.new_empty(x.shape, dtype=CODE_DTYPES.get(kind.number, torch.float32))
+    if kind.parts == 1:
+        return [codes]
+    groups = 1 if kind.group_size is None else -(-x.shape[-1] // kind.group_size)
+    scale = x.new_empty(*x.shape[:-1], groups, dtype=torch.float32)
+    return [codes, scale] if kind.symmetric else [codes, scale, torch.empty_like(scale, dtype=torch.int32)]
 
 
 @torch.library.custom_op("qcompile::scaled_linear", mutates_args=())
 def scaled_linear(
-    codes: Tensor,
-    scale: Tensor,
+    x: list[Tensor],
     weight: list[Tensor],
     bias: Tensor | None,
     scheme: str,
@@ -62,10 +84,80 @@ def scaled_linear(
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``(codes * scale) @ W.T + bias`` with integer products: int8 [..., in], float32 [..., 1] -> dtype [..., out]."""
-    return find_kernel(kernel).scaled_linear(codes, scale, weight, bias, scheme_of(scheme), out_features, dtype)
+    """``x @ W.T + bias`` for quantized activations: [codes [..., in], scale] or [codes, scale, zero] -> [..., out].
+
+    Dynamic scales (and int32 zeros) are those of ``quantize``, static ones the tensors [1] that it was given.
+    """
+    return find_kernel(kernel).scaled_linear(x, weight, bias, scheme_of(scheme), out_features, dtype)
 
 
 @scaled_linear.register_fake
-def _(codes, scale, weight, bias, scheme, kernel, out_features, dtype):
-    return codes.new_empty(*codes.shape[:-1], out_features, dtype=dtype)
+def _(x, weight, bias, scheme, kernel, out_features, dtype):
+    return x[0].new_empty(*x[0].shape[:-1], out_features, dtype=dtype)
+
+
+def compute_experts(
+    x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
+):
+    """What ``qcompile::quant_experts`` computes, in traceable torch code."""
+    parsed = [scheme_of(scheme) for scheme in schemes.split("|")]
+    chosen = [find_kernel(kernel) for kernel in kernels.split("|")]
+    experts, hidden, intermediate = sizes
+    outputs = (up_rows(activation, intermediate), hidden)
+
+    def product(i: int, weight: list[Tensor]):
+        return lambda rows, ends: chosen[i].grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
+
+    return run_experts(
+        x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,
+        (parsed[0], parsed[1]), activation, experts, dtype,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("qcompile::quant_experts", mutates_args=())
+def quant_experts(
+    x: list[Tensor],
+    ids: Tensor,
+    routing: Tensor,
+    up: list[Tensor],
+    up_bias: Tensor | None,
+    up_params: list[Tensor],
+    down: list[Tensor],
+    down_bias: Tensor | None,
+    down_params: list[Tensor],
+    schemes: str,
+    kernels: str,
+    activation: str,
+    sizes: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The quantized experts of one layer: x [tokens, hidden] -> [tokens, hidden] in ``dtype``.
+
+    x            [float], or [codes, scale] or [codes, scale, zero] where ``quantize`` was called before
+    ids          int64 [tokens, k], the chosen experts; routing: float [tokens, k], their weights
+    up, down     the tensors of the two projections in the layouts of ``kernels``, "up|down"; up makes gate and up
+                 together, gate first; params are their static scales or clips, [experts] each
+    schemes      "up|down"; activation: a name of ``gates``; sizes: [experts, hidden, intermediate]
+
+    The definition is ``moe.run_experts``.
+    """
+    if os.environ.get("QCOMPILE_DEBUG"):
+        check_ids(ids, sizes[0])
+    return compute_experts(
+        x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
+    )  # fmt: skip
+
+
+@quant_experts.register_fake
+def _(
+    x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
+):
+    return x[0].new_empty((x[0].shape[0], sizes[1]), dtype=dtype)
+
+
+def check_ids(ids: Tensor, experts: int) -> None:
+    """UnsupportedError for a router's choice that is no expert; reads the tensor."""
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < experts):
+        raise UnsupportedError(
+            f"the router chose experts {int(ids.min())} to {int(ids.max())}, but there are 0 to {experts - 1}"
+        )

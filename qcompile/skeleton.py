@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, FormatError, UnsupportedError
-from .modules import QuantLinear
+from .modules import QuantWeight
 from .storage import CONFIG, shortened, write_json
 
 _GENERATION = "generation_config.json"
@@ -152,10 +152,10 @@ class Slot:
 
 
 def slots(model: nn.Module, replaced: Container[nn.Module] = ()) -> list[Slot]:
-    """The slots of ``model``, in its order: none for a QuantLinear, nor for the weight of a module in ``replaced``."""
+    """The slots of ``model``, in its order: none for a QuantWeight, nor for the weight of a module in ``replaced``."""
     found: dict[Any, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantWeight):
             continue
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             name = f"{prefix}.{key}".lstrip(".")

@@ -4,93 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, FormatError
+from .errors import FormatError
+from .schemes import ActivationType, Scheme, WeightType
 
-
-@dataclass(frozen=True)
-class WeightType:
-    """How one weight is stored: ``W = (q - z) * s`` with unsigned integer codes ``q`` of ``bits`` bits.
-
-    ``group_size`` counts input features that share one scale; ``None`` is one group per output channel. Symmetric
-    weights have the implied zero point ``2 ** (bits - 1)``.
-    """
-
-    bits: int
-    symmetric: bool = True
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
-            raise ConfigError(f"weight bits must be 2 to 8, not {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(
-                f"group size must be positive, not {self.group_size}; leave it out for one group per output channel"
-            )
-
-    def groups(self, in_features: int) -> int:
-        """Number of groups in a row of ``in_features`` weights; the last one may be short."""
-        return 1 if self.group_size is None else math.ceil(in_features / self.group_size)
-
-
-@dataclass(frozen=True)
-class ActivationType:
-    """How the input of a matrix product is quantized: dynamically per token, or with a stored scale."""
-
-    bits: int
-    dynamic: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits != 8:
-            raise ConfigError(f"activation bits must be 8 (or 16 for float activations), not {self.bits}")
-        if not self.dynamic:
-            raise ConfigError("static activation scales are not supported yet; use dynamic ones, for example 'w8a8'")
-
-
-_SCHEME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(_g(?P<g>-?\d+))?(?P<asym>_asym)?(?P<static>_static)?")
-_SCHEME_GRAMMAR = "w<bits>a<bits>[_g<group size>][_asym], for example w4a16_g128, w4a16_g32_asym, w8a16, w8a8"
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """The numbers of one site; prints and parses as a short name such as ``w4a16_g128_asym`` or ``w8a8``."""
-
-    weight: WeightType
-    activation: ActivationType | None = None
-
-    def __post_init__(self) -> None:
-        if self.activation and (self.weight.bits != 8 or self.weight.group_size or not self.weight.symmetric):
-            raise ConfigError(
-                "int8 activations go with symmetric int8 weights per output channel ('w8a8'), "
-                f"not with {self.weight.bits}-bit weights, group size {self.weight.group_size}, "
-                f"{'symmetric' if self.weight.symmetric else 'asymmetric'}"
-            )
-
-    @classmethod
-    def parse(cls, name: str) -> Scheme:
-        """Parse a scheme name; raises ConfigError that shows the grammar."""
-        match = _SCHEME.fullmatch(name)
-        if not match:
-            raise ConfigError(f"{name!r} is not a scheme name; schemes are written {_SCHEME_GRAMMAR}")
-        bits, activation = int(match["w"]), int(match["a"])
-        weight = WeightType(bits, symmetric=not match["asym"], group_size=int(match["g"]) if match["g"] else None)
-        if activation == 16 and match["static"]:
-            raise ConfigError(f"{name!r}: '_static' is about quantized activations, and a16 leaves them float")
-        return cls(weight, None if activation == 16 else ActivationType(activation, dynamic=not match["static"]))
-
-    def __str__(self) -> str:
-        weight, activation = self.weight, self.activation
-        return (
-            f"w{weight.bits}a{activation.bits if activation else 16}"
-            + (f"_g{weight.group_size}" if weight.group_size else "")
-            + ("" if weight.symmetric else "_asym")
-            + ("" if activation is None or activation.dynamic else "_static")
-        )
+__all__ = [
+    "ActivationType", "GraphRecord", "PackedWeight", "PassRecord", "Plan", "PlannedSite", "Report", "Scheme", "Site",
+    "SiteResult", "State", "WeightType",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,11 +24,12 @@ class Site:
 
     ``inputs`` labels the tensor it reads: sites with the same label read the same one. ``producer`` says what made
     it (an operator name). ``block`` is the decoder block, or "" outside of any. ``obstacle`` says why it cannot be
-    rewritten, if so.
+    rewritten, if so. A site of kind "experts" is one projection of all ``experts`` of a layer; its features are those
+    of one expert, gate and up together.
     """
 
     name: str
-    role: str  # "linear" | "lm_head" | "router"
+    role: str  # "linear" | "lm_head" | "router" | "experts"
     out_features: int
     in_features: int
     dtype: torch.dtype
@@ -113,61 +39,101 @@ class Site:
     block: str = ""
     tied_to: str = ""
     obstacle: str = ""
-    kind: str = "linear"
+    kind: str = "linear"  # | "experts"
+    experts: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        features = (self.out_features, self.in_features)
+        return (self.experts, *features) if self.kind == "experts" else features
 
     @property
     def float_bytes(self) -> int:
         """Bytes of the float weight; zero where it is shared with an embedding that stays."""
-        return 0 if self.tied_to else self.out_features * self.in_features * self.dtype.itemsize
+        return 0 if self.tied_to else math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A quantized weight in the one canonical layout, ``W[o, i] = (q[o, i] - z[o, g]) * s[o, g]``.
+    """A quantized weight in the one canonical layout: ``W[o, i] = (q[o, i] - z[o, g]) * s[o, g]``, or ``q * s``.
 
-    codes        uint8 [out, ceil(in * bits / 8)]: unsigned codes, a little-endian bit stream along ``in``
-    scales       float [out, groups]; may be negative or zero
+    shape is (out, in), or (experts, out, in); then every tensor has the experts as its first dimension.
+
+    codes        uint8 [out, ceil(in * bits / 8)]: unsigned codes (of small floats: their bits), a little-endian bit
+                 stream along ``in``
+    scales       float [out, groups]; [ceil(out / rows), ceil(in / columns)] of blocks; [1, 1] per tensor. May be
+                 negative or zero
     zeros        uint8 [out, groups], or None for symmetric weights (zero point 2 ** (bits - 1))
     permutation  int32 [in] or None: stored column j is input feature permutation[j]; groups are of stored columns
+    outer        float32 [1], by which nvfp4 divides its scales; None for every other type
+    input_scale  float32 [1]: step of static activations; the second scale of nvfp4 ones
+    input_zero   int32 [1]: their zero point in the signed range, unless they are symmetric
+    alpha        float32 [1]: share of a row's maximum at which clipped activations are clamped
     """
 
     scheme: Scheme
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None = None
     permutation: Tensor | None = None
+    outer: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
+    alpha: Tensor | None = None
 
     def __post_init__(self) -> None:
-        out, inn = self.shape
-        weight = self.scheme.weight
-        groups = (out, weight.groups(inn))
-        expected: list[tuple[str, Tensor | None, tuple[int, ...], str, bool]] = [
-            ("codes", self.codes, (out, math.ceil(inn * weight.bits / 8)), "uint8", self.codes.dtype == torch.uint8),
-            ("scales", self.scales, groups, "float", self.scales.dtype.is_floating_point),
-        ]
-        if self.zeros is not None:
-            expected.append(("zeros", self.zeros, groups, "uint8", self.zeros.dtype == torch.uint8))
-        if self.permutation is not None:
-            expected.append(("permutation", self.permutation, (inn,), "int32", self.permutation.dtype == torch.int32))
-        for name, tensor, shape, dtype, dtype_is_right in expected:
-            if tensor is not None and (tuple(tensor.shape) != shape or not dtype_is_right):
+        experts, (out, inn) = self.shape[:-2], self.shape[-2:]
+        weight, activation = self.scheme.weight, self.scheme.activation
+        params = activation.params if activation else ()
+        one = experts or (1,)
+        groups = (*experts, weight.scale_rows(out), weight.groups(inn))
+        layout: dict[str, tuple[tuple[int, ...], str, bool | None]] = {  # shape, dtype, whether it must be there
+            "codes": ((*experts, out, math.ceil(inn * weight.bits / 8)), "uint8", True),
+            "scales": (groups, "float", True),
+            "zeros": (groups, "uint8", not weight.symmetric),
+            "permutation": ((*experts, inn), "int32", None),
+            "outer": ((*experts, 1), "float32", weight.number == "nvfp4"),
+            "input_scale": (one, "float32", "input_scale" in params),
+            "input_zero": (one, "int32", "input_zero" in params),
+            "alpha": (one, "float32", "alpha" in params),
+        }
+        for name, (shape, dtype, needed) in layout.items():
+            tensor = getattr(self, name)
+            if needed is not None and needed != (tensor is not None):
+                raise FormatError(f"a {self.scheme} weight {'needs' if needed else 'has no'} {name}")
+            if tensor is None:
+                continue
+            is_right = tensor.dtype.is_floating_point if dtype == "float" else str(tensor.dtype) == f"torch.{dtype}"
+            if tuple(tensor.shape) != shape or not is_right:
                 raise FormatError(
-                    f"{name} of a {self.scheme} weight [{out}, {inn}] must be {dtype} {list(shape)}, "
+                    f"{name} of a {self.scheme} weight {list(self.shape)} must be {dtype} {list(shape)}, "
                     f"not {tensor.dtype} {list(tensor.shape)}"
                 )
-        if (self.zeros is None) != weight.symmetric:
-            raise FormatError(f"a {self.scheme} weight {'has no' if weight.symmetric else 'needs'} zero points")
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by name, without those that are None."""
-        named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "permutation": self.permutation}
+        """The tensors that the weight is made of, by name, without those that are None."""
+        named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros, "outer": self.outer}
+        named["permutation"] = self.permutation
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def activation_tensors(self) -> dict[str, Tensor]:
+        """The stored parameters of its activations, by name, in the order in which ``qcompile::quantize`` takes them."""
+        named = {"input_scale": self.input_scale, "input_zero": self.input_zero, "alpha": self.alpha}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        stored = [*self.tensors().values(), *self.activation_tensors().values()]
+        return sum(t.numel() * t.element_size() for t in stored)
+
+    def expert(self, index: int) -> PackedWeight:
+        """The weight of one expert, as that of a Linear."""
+        parts = {name: tensor[index] for name, tensor in self.tensors().items()}
+        parts |= {name: tensor[index : index + 1] for name, tensor in self.activation_tensors().items()}
+        return PackedWeight(self.scheme, self.shape[-2:], **parts)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_the_first_rule_that_matches_wins():
         ({"rules": [{"match": "*"}]}, "rules.0.scheme: Field required"),
         ({"rules": [{"match": "", "scheme": "w8a16"}]}, "rules.0.match: .*at least 1"),
         ({"rules": [{"match": "re:(", "scheme": "w8a16"}]}, r"rule 're:\(' is not a regular expression"),
-        ({"rules": [{"match": "*", "scheme": "w8a8_g4"}]}, "rules.0.scheme: int8 activations go with"),
+        ({"rules": [{"match": "*", "scheme": "w8a3"}]}, "rules.0.scheme: activation bits must be"),
         ({"rules": [{"mach": "*", "scheme": "w8a16"}]}, r"'rules.0.mach'\. Did you mean 'match'\?"),
         ({"rules": [{"match": "*", "scheme": "w8a16", "method": "awk"}]}, "unknown method 'awk'"),
         ({"rules": [{"match": "*", "scheme": "w8a16", "options": {"x": 1}}]}, "has no option 'x'"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile import numerics
-from qcompile.types import Scheme
+from qcompile.types import ActivationType, Scheme
 
 BITS = range(2, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ def relative_error(weight: torch.Tensor, packed) -> float:
 
 def row_scales(packed) -> torch.Tensor:
     """Absolute float32 scale of every weight."""
-    return numerics.expand_groups(packed.scales.float().abs(), packed.scheme.weight, packed.shape[1])
+    return numerics.expand_groups(packed.scales.float().abs(), packed.scheme.weight, *packed.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- bit streams
@@ -280,7 +280,7 @@ def test_signal_to_noise_counts_what_was_lost():
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=30), st.sampled_from(DTYPES))
 def test_a_token_is_quantized_as_defined(values, dtype):
     x = torch.tensor([values]).to(dtype).nan_to_num(posinf=60000.0, neginf=-60000.0)
-    codes, scale = numerics.quantize_per_token(x)
+    codes, scale = numerics.quantize_activation(x, ActivationType(8))
     assert codes.dtype == torch.int8
     assert scale.dtype == torch.float32
     assert scale.item() == (x.float().abs().max() / 127).item()
@@ -293,14 +293,16 @@ def test_a_token_is_quantized_as_defined(values, dtype):
 
 
 def test_activations_round_half_to_even():
-    codes, scale = numerics.quantize_per_token(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]]))
+    codes, scale = numerics.quantize_activation(
+        torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]]), ActivationType(8)
+    )
     assert scale.item() == 1
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -127]]
 
 
 def test_every_token_has_its_own_scale():
     x = torch.randn(2, 3, 16) * torch.tensor([0.0, 1e-3, 1e4])[:, None]
-    codes, scale = numerics.quantize_per_token(x)
+    codes, scale = numerics.quantize_activation(x, ActivationType(8))
     assert scale.shape == (2, 3, 1)
     assert torch.equal(scale[..., 0], x.abs().amax(-1) / 127)
     assert (codes[:, 0] == 0).all()

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile import numerics, ops
 from qcompile.modules import QuantLinear, quantized_modules
-from qcompile.types import Scheme
+from qcompile.types import ActivationType, Scheme
 
 CASES = [
     ("w4a16_g32_asym", "cpu.int4pack", torch.bfloat16),
@@ -46,21 +46,22 @@ def test_linear_ops_pass_the_checks_of_torch(scheme, kernel, dtype, with_bias):
         if module.scheme.activation is None:
             op, args = torch.ops.qcompile.linear, (x, module.tensors(), bias, scheme, kernel, OUT)
         else:
-            codes, scale = numerics.quantize_per_token(x)
+            parts = numerics.quantize_activation(x, module.scheme.activation)
             op = torch.ops.qcompile.scaled_linear
-            args = (codes, scale, module.tensors(), bias, scheme, kernel, OUT, dtype)
+            args = (parts, module.tensors(), bias, scheme, kernel, OUT, dtype)
         torch.library.opcheck(op.default, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quantize_passes_the_checks_of_torch(dtype):
     for x in inputs(dtype):
-        torch.library.opcheck(torch.ops.qcompile.quantize.default, (x,))
+        torch.library.opcheck(torch.ops.qcompile.quantize.default, (x, [], "8"))
 
 
 def test_quantize_is_its_definition():
     x = torch.randn(4, 6, 10).transpose(0, 1)
-    for result, expected in zip(torch.ops.qcompile.quantize(x), numerics.quantize_per_token(x), strict=True):
+    expected_parts = numerics.quantize_activation(x, ActivationType(8))
+    for result, expected in zip(torch.ops.qcompile.quantize(x, [], "8"), expected_parts, strict=True):
         assert torch.equal(result, expected)
         assert result.is_contiguous()
 
@@ -122,8 +123,8 @@ def kernel_call(scheme: str, kernel: str, dtype: torch.dtype):
 
     def compute(x):
         if parsed.activation:
-            codes, scale = numerics.quantize_per_token(x)
-            return found.scaled_linear(codes, scale, tensors, None, parsed, OUT, dtype)
+            parts = numerics.quantize_activation(x, parsed.activation)
+            return found.scaled_linear(parts, tensors, None, parsed, OUT, dtype)
         return found.linear(x, tensors, None, parsed, OUT)
 
     return compute

@@ -21,7 +21,9 @@ from qcompile.trace import attribute, bind, trace
 from qcompile.types import Scheme
 from qcompile.verify import close, no_semantic_ops_left, run_pass
 
-QUANTIZE = torch.ops.qcompile.quantize.default
+
+def QUANTIZE(x):
+    return torch.ops.qcompile.quantize.default(x, [], "8")
 
 
 def traced(function, *inputs) -> GraphModule:

@@ -14,10 +14,30 @@ weight_types = st.builds(
 )
 
 
-@given(weight_types)
-def test_a_scheme_parses_as_it_prints(weight):
-    scheme = Scheme(weight)
+integer_activations = st.builds(ActivationType, st.sampled_from([4, 8]), clip=st.booleans()) | st.builds(
+    ActivationType, st.just(8), dynamic=st.booleans(), symmetric=st.booleans()
+)
+NAMES = [
+    "w4a4", "w8a8_static", "w8a8_static_sym", "w8a8_dynamic_asym", "w4a8_g128_asym_static", "w4a8_clip", "wfp8a16",
+    "wfp8afp8", "wfp8afp8_tensor", "wfp8afp8_tensor_static", "wfp8afp8_b128x128", "wfp8a16_b128x64", "wnvfp4a16",
+    "wnvfp4anvfp4", "wmxfp4amxfp4", "wmxfp8amxfp8",
+]  # fmt: skip
+
+
+@given(weight_types, st.none() | integer_activations)
+def test_a_scheme_parses_as_it_prints(weight, activation):
+    scheme = Scheme(weight, activation)
     assert Scheme.parse(str(scheme)) == scheme
+    if activation is not None:
+        assert ActivationType.parse(str(activation)) == activation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_number_has_a_name(name):
+    scheme = Scheme.parse(name)
+    assert str(scheme) == name
+    if scheme.activation is not None:
+        assert ActivationType.parse(str(scheme.activation)) == scheme.activation
 
 
 @pytest.mark.parametrize(
@@ -39,7 +59,7 @@ def test_names_mean_what_they_say(name, bits, group, symmetric, activation):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "schemes are written w<bits>a<bits>"),
+        ("", "schemes are written w<number>a<number>"),
         ("int4", "'int4' is not a scheme name"),
         ("W4A16", "for example w4a16_g128"),
         ("w4a16_g", "is not a scheme name"),
@@ -50,13 +70,21 @@ def test_names_mean_what_they_say(name, bits, group, symmetric, activation):
         ("w16a16", "weight bits must be 2 to 8, not 16"),
         ("w4a16_g0", "group size must be positive, not 0"),
         ("w4a16_g-1", "leave it out for one group per output channel"),
-        ("w8a4", "activation bits must be 8 .*not 4"),
-        ("w8a32", "activation bits must be 8 .*not 32"),
-        ("w4a8", "'w8a8'.*not with 4-bit weights"),
-        ("w8a8_g128", "not with 8-bit weights, group size 128"),
-        ("w8a8_asym", "asymmetric"),
-        ("w8a8_static", "static activation scales are not supported yet"),
-        ("w4a16_static", "a16 leaves them float"),
+        ("w8a3", "activation bits must be 4 or 8 .*not 3"),
+        ("w8a32", "activation bits must be 4 or 8 .*not 32"),
+        ("w4a16_static", "'_static' is about quantized activations, and a16 leaves them float"),
+        ("w4a16_clip", "'_clip' is about quantized activations"),
+        ("w4a4_static", "4-bit activations are dynamic"),
+        ("w8a8_static_clip", "'_clip' goes with dynamic symmetric"),
+        ("w4afp8", "fp8 activations go with fp8 weights, not with int ones"),
+        ("wfp8a8", "int activations go with int weights, not with fp8 ones"),
+        ("wfp8afp8_asym", "fp8 weights have no zero points"),
+        ("wfp8afp8_static_asym", "fp8 activations have no zero points"),
+        ("wfp8a16_b0x128", "block sizes must be positive"),
+        ("w4a16_b128x128", "scales per block or per tensor go with fp8 weights"),
+        ("w4a16_tensor", "scales per block or per tensor go with fp8 weights"),
+        ("wnvfp4a16_g32", "nvfp4 has groups of 16"),
+        ("wmxfp4amxfp4_static", "the format mxfp4 itself says how"),
     ],
 )
 def test_a_wrong_scheme_is_explained(name, message):
@@ -100,7 +128,7 @@ def rebuilt(**changes: object) -> PackedWeight:
         ({"scales": torch.zeros(3, 3, dtype=torch.int32)}, "scales .*must be float"),
         ({"zeros": torch.zeros(3, dtype=torch.uint8)}, r"zeros .*must be uint8 \[3, 3\]"),
         ({"zeros": torch.zeros(3, 3)}, "zeros .*must be uint8"),
-        ({"zeros": None}, "a w4a16_g32_asym weight needs zero points"),
+        ({"zeros": None}, "a w4a16_g32_asym weight needs zeros"),
         ({"permutation": torch.arange(70)}, r"permutation .*must be int32 \[70\], not torch.int64"),
         ({"permutation": torch.arange(3, dtype=torch.int32)}, r"must be int32 \[70\]"),
     ],
@@ -112,7 +140,7 @@ def test_a_packed_weight_refuses_tensors_that_do_not_fit(changes, message):
 
 def test_a_symmetric_weight_has_no_zero_points():
     symmetric = packed("w4a16_g32")
-    with pytest.raises(FormatError, match="a w4a16_g32 weight has no zero points"):
+    with pytest.raises(FormatError, match="a w4a16_g32 weight has no zeros"):
         PackedWeight(symmetric.scheme, symmetric.shape, symmetric.codes, symmetric.scales, packed().zeros)
 
 

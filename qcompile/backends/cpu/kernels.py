@@ -7,14 +7,14 @@ float32 the weight-only ones are scalar code and slower than dequantizing, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ... import numerics
-from ...kernels import Kernel, finish_scaled
+from ...kernels import NO_PARAMS, Kernel, finish_scaled
 from ...types import PackedWeight, Scheme, Site
 
 _REDUCED = (torch.bfloat16, torch.float16)
@@ -42,9 +42,10 @@ class Int4Pack(Kernel):
     """
 
     name = "int4pack"
+    kinds = ("linear",)
 
     def computes(self, scheme: Scheme) -> bool:
-        return scheme.weight.bits == 4 and not scheme.activation
+        return scheme.weight.number == "int" and scheme.weight.bits == 4 and not scheme.activation
 
     def refuses(self, site: Site, scheme: Scheme) -> str:
         if not self.computes(scheme):
@@ -75,7 +76,13 @@ class Int4Pack(Kernel):
         tensors = [torch.cat(blocks), scales_and_shifts]
         return tensors if packed.permutation is None else [*tensors, packed.permutation]
 
-    def restore(self, tensors: Sequence[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
+    def restore(
+        self,
+        tensors: Sequence[Tensor],
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        activation: Mapping[str, Tensor] = NO_PARAMS,
+    ) -> PackedWeight:
         packed, scales_and_shifts, *permutation = tensors
         out, inn = shape
         groups = scheme.weight.groups(inn)
@@ -85,7 +92,9 @@ class Int4Pack(Kernel):
             safe = torch.where(scales == 0, torch.ones_like(scales), scales).float()
             zeros = torch.round(8 - shift.float() / safe).to(torch.uint8)
         codes = _unpack_int4pack(packed)[:out, :inn].contiguous()
-        return PackedWeight(scheme, shape, numerics.pack_codes(codes, 4), scales.contiguous(), zeros, *permutation)
+        return PackedWeight(
+            scheme, shape, numerics.pack_codes(codes, 4), scales.contiguous(), zeros, *permutation, **activation
+        )
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, scheme: Scheme, out: int) -> Tensor:
         packed, scales_and_shifts, *permutation = weight
@@ -126,10 +135,11 @@ class Int8Pack(Kernel):
     """
 
     name = "int8pack"
+    kinds = ("linear",)
     column_multiple = 32
 
     def computes(self, scheme: Scheme) -> bool:
-        return scheme.weight.bits == 8 and not scheme.activation
+        return scheme.weight.number == "int" and scheme.weight.bits == 8 and not scheme.activation
 
     def refuses(self, site: Site, scheme: Scheme) -> str:
         weight = scheme.weight
@@ -148,10 +158,16 @@ class Int8Pack(Kernel):
         tensors = [codes, packed.scales.flatten().contiguous()]
         return tensors if packed.permutation is None else [*tensors, packed.permutation]
 
-    def restore(self, tensors: Sequence[Tensor], scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
+    def restore(
+        self,
+        tensors: Sequence[Tensor],
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        activation: Mapping[str, Tensor] = NO_PARAMS,
+    ) -> PackedWeight:
         codes, scales, *permutation = tensors
         codes = codes[:, : shape[1]].contiguous().view(torch.uint8) ^ 0x80
-        return PackedWeight(scheme, shape, codes, scales[:, None], None, *permutation)
+        return PackedWeight(scheme, shape, codes, scales[:, None], None, *permutation, **activation)
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, scheme: Scheme, out: int) -> Tensor:
         codes, scales, *permutation = weight
@@ -173,21 +189,23 @@ class Int8Dynamic(Int8Pack):
     column_multiple = 1
 
     def computes(self, scheme: Scheme) -> bool:
-        return scheme.activation is not None
+        return str(scheme) == "w8a8"
 
     def refuses(self, site: Site, scheme: Scheme) -> str:
-        return "" if self.computes(scheme) else f"computes quantized activations, not {scheme}"
+        if self.computes(scheme):
+            return ""
+        return f"computes w8a8 (symmetric, per output channel and per token), not {scheme}"
 
     def scaled_linear(
         self,
-        codes: Tensor,
-        scale: Tensor,
+        x: Sequence[Tensor],
         weight: Sequence[Tensor],
         bias: Tensor | None,
         scheme: Scheme,
         out: int,
         dtype: torch.dtype,
     ) -> Tensor:
+        codes, scale = x
         signed, channel_scale, *permutation = weight
         if permutation:
             codes = codes.index_select(-1, permutation[0])

@@ -1,0 +1,82 @@
+"""What the experts of a layer compute: sort by expert, product, gated activation, product, weighted sum.
+
+Plain torch, traceable, without a loop: eager execution calls it as it is, and the pass ``lower`` traces it. The two
+products are those of the kernels; everything between them is the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .gates import gated
+from .types import Scheme
+
+Product = Callable[[Sequence[Tensor], Tensor], Tensor]  # (rows sorted by expert, ends) -> [rows, out]
+
+
+def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the (token, slot) pairs of ``ids`` int64 [tokens, k] by expert.
+
+    Returns order int64 [tokens * k]: the pair at each sorted place; owner int64 [tokens * k]: its expert; and ends
+    int32 [experts]: where the rows of each expert end. Every id must be in 0 .. experts - 1; others make the result of
+    their token undefined. (Set ``QCOMPILE_DEBUG=1`` to have eager calls check them.)
+    """
+    owner, order = torch.sort(ids.reshape(-1), stable=True)
+    every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+    return order, owner, torch.searchsorted(owner, every, right=True, out_int32=True)
+
+
+def combine(rows: Tensor, order: Tensor, routing: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32."""
+    tokens, k = routing.shape
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    results = rows.index_select(0, place).view(tokens, k, rows.shape[-1])
+    return (results.float() * routing.float()[..., None]).sum(1).to(dtype)
+
+
+def run_experts(
+    x: Sequence[Tensor],
+    ids: Tensor,
+    routing: Tensor,
+    up: Product,
+    up_bias: Tensor | None,
+    up_params: Sequence[Tensor],
+    down: Product,
+    down_bias: Tensor | None,
+    down_params: Sequence[Tensor],
+    schemes: tuple[Scheme | None, Scheme | None],
+    activation: str,
+    experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The experts of one layer: x [tokens, hidden] -> [tokens, hidden] in ``dtype``.
+
+    x is [float] or, quantized per token already, [codes, scale] or [codes, scale, zero]. Each row goes through
+    ``down(act(up(x)))`` of its expert. What a product reads is quantized as its scheme (up, down) says, with the static
+    scale or the clip of the row's own expert, from params [experts] each. Biases: [experts, out].
+    """
+    order, owner, ends = route(ids, experts)
+    token = order // ids.shape[1]
+    rows = [part.index_select(0, token) for part in x]
+    if len(rows) == 1:
+        rows = _quantized(rows[0], owner, up_params, schemes[0])
+    hidden = up(rows, ends)
+    if up_bias is not None:
+        hidden = hidden + up_bias.index_select(0, owner)
+    result = down(_quantized(gated(hidden, activation), owner, down_params, schemes[1]), ends)
+    if down_bias is not None:
+        result = result + down_bias.index_select(0, owner)
+    return combine(result, order, routing, dtype)
+
+
+def _quantized(rows: Tensor, owner: Tensor, params: Sequence[Tensor], scheme: Scheme | None) -> list[Tensor]:
+    """What a product reads: the float rows, or their codes with what belongs to them."""
+    if scheme is None or scheme.activation is None:
+        return [rows]
+    own = [param.index_select(0, owner)[:, None] for param in params]
+    parts = numerics.quantize_activation(rows, scheme.activation, own)
+    return parts if scheme.activation.dynamic else [*parts, *own]
