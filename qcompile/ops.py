@@ -157,7 +157,7 @@ def _(
 
 def check_ids(ids: Tensor, experts: int) -> None:
     """UnsupportedError for a router's choice that is no expert; reads the tensor."""
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < experts):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < experts):
         raise UnsupportedError(
             f"the router chose experts {int(ids.min())} to {int(ids.max())}, but there are 0 to {experts - 1}"
         )
