@@ -87,8 +87,8 @@ class Kernel:
     ) -> Tensor:
         """Rows sorted by expert, each times the weight of its own: [rows, in] -> [rows, out] in ``dtype``.
 
-        x: [rows] of floats for weight-only schemes, else quantized activations as for ``scaled_linear``, of which static
-        ones have one scale per row. ends: int32 [experts], where the rows of each expert end; an expert without rows
+        x: [rows] of floats for weight-only schemes, else quantized activations as for ``scaled_linear``; static ones
+        have one scale per row here. ends: int32 [experts], where the rows of each expert end; an expert without rows
         costs nothing.
         """
         return torch.ops.qcompile_reference.grouped_linear(list(x), ends, list(weight), str(scheme), out, dtype)

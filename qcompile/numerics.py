@@ -1,7 +1,8 @@
 """Rounding, scales and packing: all bit twiddling of qcompile, in plain torch.
 
-Conventions, used everywhere: weights are ``W = (q - z) * s`` with unsigned codes ``q``, activations ``x = (q - z) * s``
-with signed ones; rounding is half to even (torch.round); a product of code and scale is computed in the scale's dtype with one rounding.
+Conventions, used everywhere: weights are ``W = (q - z) * s`` with unsigned codes ``q``, activations are ``x = (q - z) *
+s`` with signed ones; rounding is half to even (torch.round); the product of code and scale that makes a float weight is
+computed in the scale's dtype with one rounding.
 """
 
 from __future__ import annotations

@@ -144,14 +144,14 @@ def quant_experts(
     if os.environ.get("QCOMPILE_DEBUG"):
         check_ids(ids, sizes[0])
     return compute_experts(
-        x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
+        x, ids, routing, up, up_bias, up_params, down, down_bias, down_params,
+        schemes, kernels, activation, sizes, dtype,
     )  # fmt: skip
 
 
 @quant_experts.register_fake
-def _(
-    x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
-):
+def _(x, ids, routing, *rest):
+    sizes, dtype = rest[-2:]
     return x[0].new_empty((x[0].shape[0], sizes[1]), dtype=dtype)
 
 

@@ -119,7 +119,7 @@ class PackedWeight:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def activation_tensors(self) -> dict[str, Tensor]:
-        """The stored parameters of its activations, by name, in the order in which ``qcompile::quantize`` takes them."""
+        """The stored parameters of its activations, by name, in the order that ``qcompile::quantize`` takes them in."""
         named = {"input_scale": self.input_scale, "input_zero": self.input_zero, "alpha": self.alpha}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
