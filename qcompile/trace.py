@@ -86,6 +86,11 @@ class _Call(nn.Module):
         return getattr(self, PREFIX)(*inputs)
 
 
+def as_called(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> nn.Module:
+    """``model`` as a function of positional inputs; without example inputs a language model's token ids."""
+    return _Call(model) if example_inputs is not None else _Logits(model)
+
+
 def _shadow(model: nn.Module, mode) -> nn.Module:
     """A copy of ``model`` with fake tensors in place of its weights; meta tensors become fake CPU tensors."""
     memo: dict[int, Any] = {}
@@ -106,14 +111,12 @@ def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphMo
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        shadow = _shadow(model, mode).eval()
+        wrapped = as_called(_shadow(model, mode).eval(), example_inputs)
         if example_inputs is None:
-            wrapped: nn.Module = _Logits(shadow)
             with mode:
                 inputs: tuple[Any, ...] = (example_input_ids(),)
             dynamic: Any = (input_dims(inputs[0]),)
         else:
-            wrapped = _Call(shadow)
             inputs = tuple(
                 mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in example_inputs
             )
