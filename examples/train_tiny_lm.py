@@ -1,11 +1,12 @@
-"""Train the small language model that ships with the project (about 25 minutes on 2 CPU cores).
+"""Train the small language models that ship with the project (about 25 minutes each on 2 CPU cores).
 
     python examples/train_tiny_lm.py --out examples/tiny_lm
+    python examples/train_tiny_lm.py --moe --out examples/tiny_moe
 
 The text is what every Python installation has: the language reference in ``pydoc_data.topics``, and the sources and
 docstrings of the standard library. Documents are split into training and held-out by a hash of their *file*, so
-nothing that is measured was seen. The result is an ordinary Qwen3 checkpoint (bfloat16 safetensors and a byte-level
-BPE tokenizer) beside ``heldout.safetensors`` (token ids) and ``training.json`` (what was measured).
+nothing that is measured was seen. The result is an ordinary Qwen3 or Qwen3-MoE checkpoint (bfloat16 safetensors and a
+byte-level BPE tokenizer) beside ``heldout.safetensors`` (token ids) and ``training.json`` (what was measured).
 """
 
 from __future__ import annotations
@@ -89,15 +90,16 @@ def train_tokenizer(texts: list[str]):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
 
 
-def build_model():
-    """A 5-million-parameter Qwen3: hidden and intermediate sizes are multiples of the usual group sizes."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def build_model(moe: bool):
+    """A Qwen3 of 5 million parameters, or a Qwen3-MoE of 8 (16 experts, 4 per token); all sizes fit group size 128.
 
-    config = Qwen3Config(
+    The load of the experts is balanced by the usual auxiliary loss, so that none of them is idle.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common = dict(
         vocab_size=VOCABULARY,
         hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -108,7 +110,19 @@ def build_model():
         eos_token_id=0,
         pad_token_id=0,
     )
-    return Qwen3ForCausalLM(config)
+    if not moe:
+        return Qwen3ForCausalLM(Qwen3Config(intermediate_size=640, num_hidden_layers=6, **common))
+    config = Qwen3MoeConfig(
+        num_hidden_layers=4,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        **common,
+    )
+    return Qwen3MoeForCausalLM(config)
 
 
 @torch.no_grad()
@@ -126,7 +140,7 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
     return math.exp(-(counts / counts.sum()).log()[held_out].mean().item())
 
 
-def train(model, ids: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+def train(model, moe: bool, ids: torch.Tensor, steps: int, generator: torch.Generator) -> None:
     """AdamW with a cosine schedule on random windows; bfloat16 matrix products."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -137,13 +151,13 @@ def train(model, ids: torch.Tensor, steps: int, generator: torch.Generator) -> N
         optimizer,
         lambda i: min((i + 1) / warm_up, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * i / steps))),
     )
-    offsets = torch.arange(SEQUENCE)
+    offsets, options = torch.arange(SEQUENCE), {"output_router_logits": True} if moe else {}
     started = time.perf_counter()
     for step in range(steps):
         starts = torch.randint(0, len(ids) - SEQUENCE, (BATCH, 1), generator=generator)
         batch = ids[starts + offsets]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
+            loss = model(input_ids=batch, labels=batch, **options).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -158,6 +172,7 @@ def train(model, ids: torch.Tensor, steps: int, generator: torch.Generator) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("examples/tiny_lm"))
+    parser.add_argument("--moe", action="store_true", help="train the mixture of experts")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -173,10 +188,10 @@ def main() -> None:
     train_ids, held_ids = encode(kept), encode(held)
     print(f"{len(kept)} training documents, {len(train_ids)} tokens; {len(held)} held out, {len(held_ids)} tokens")
 
-    model = build_model()
+    model = build_model(arguments.moe)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
     started = time.perf_counter()
-    train(model, train_ids, arguments.steps, torch.Generator().manual_seed(arguments.seed))
+    train(model, arguments.moe, train_ids, arguments.steps, torch.Generator().manual_seed(arguments.seed))
     model = model.to(torch.bfloat16).eval()
     held_ids = held_ids[: 160 * SEQUENCE]
     facts = {
