@@ -74,6 +74,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Folder of another small language model with heldout.safetensors.")
     ] = None,
+    moe: Annotated[bool, typer.Option("--moe", help="Take the small mixture of experts instead.")] = False,
 ) -> None:
     """Quantize the small language model that ships with the project, compile it, and compare.
 
@@ -81,7 +82,9 @@ def demo(
     """
     from . import demo as demo_
 
-    folder = demo_.find_model(model)
+    if moe and model:
+        raise ConfigError("--moe and --model both choose the model; give one of them")
+    folder = demo_.find_model(model, moe)
     _writable(out)
     total = sum(demo_.STEPS.values()) * (1 + len(demo_.SCHEMES))
     with _progress() as bar:

@@ -59,9 +59,9 @@ class Row:
         }
 
 
-def find_model(path: Path | None) -> Path:
-    """The folder of the demo's model: ``path``, or ``examples/tiny_lm`` of the repository that qcompile runs from."""
-    shipped = Path(__file__).resolve().parent.parent / "examples" / "tiny_lm"
+def find_model(path: Path | None, moe: bool = False) -> Path:
+    """The folder of the demo's model: ``path``, or one of ``examples`` in the repository that qcompile runs from."""
+    shipped = Path(__file__).resolve().parent.parent / "examples" / ("tiny_moe" if moe else "tiny_lm")
     folder = path or shipped
     if not (folder / "config.json").is_file():
         hint = (
