@@ -38,6 +38,66 @@ def combine(rows: Tensor, order: Tensor, routing: Tensor, dtype: torch.dtype) ->
     return (results.float() * routing.float()[..., None]).sum(1).to(dtype)
 
 
+def run_float_experts(
+    x: Tensor,
+    ids: Tensor,
+    routing: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    """What ``qcompile::experts`` computes: ``run_experts`` with float weights in the layout of the model's parameters.
+
+    transposed: weights are [experts, in, out]; interleaved: the rows of ``up`` are gate 0, up 0, gate 1 ...
+    """
+
+    def product(weight: Tensor) -> Product:
+        return lambda rows, ends: grouped_float(rows[0], ends, weight, transposed)
+
+    def first(rows: Sequence[Tensor], ends: Tensor) -> Tensor:
+        hidden = product(up)(rows, ends)
+        return gate_first(hidden) if interleaved else hidden
+
+    bias = gate_first(up_bias) if interleaved and up_bias is not None else up_bias
+    return run_experts(
+        [x], ids, routing, first, bias, (), product(down), down_bias, (), (None, None), activation, up.shape[0], x.dtype
+    )
+
+
+def gate_first(interleaved: Tensor) -> Tensor:
+    """Order the last dimension gate 0, gate 1 ..., up 0, up 1 ... instead of gate 0, up 0, gate 1 ..."""
+    return interleaved.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def grouped_float(rows: Tensor, ends: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Rows [n, in], sorted by expert, each times the weight [experts, out, in] (or [experts, in, out]) of its own."""
+    by_columns = weight if transposed else weight.transpose(1, 2)
+    aligned = all(stride * weight.element_size() % 16 == 0 for stride in by_columns.stride() if stride != 1)
+    if rows.dtype == weight.dtype == torch.bfloat16 and aligned:
+        return torch._grouped_mm(rows, by_columns, offs=ends)
+    return torch.ops.qcompile_reference.grouped_float(rows, ends, by_columns)
+
+
+def _grouped_float(rows: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    result, start = rows.new_empty((rows.shape[0], weight.shape[-1])), 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(rows[start:end], weight[expert].to(rows.dtype), out=result[start:end])
+        start = end
+    return result
+
+
+# grouped_mm takes bfloat16 only; other dtypes need a loop that depends on data, which no graph can hold
+torch.library.custom_op("qcompile_reference::grouped_float", _grouped_float, mutates_args=())
+torch.library.register_fake(
+    "qcompile_reference::grouped_float", lambda rows, ends, weight: rows.new_empty((rows.shape[0], weight.shape[-1]))
+)
+
+
 def run_experts(
     x: Sequence[Tensor],
     ids: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import numerics, plugins
 from .errors import UnsupportedError
 from .gates import up_rows
-from .moe import run_experts
+from .moe import run_experts, run_float_experts
 from .types import ActivationType, Scheme
 
 CODE_DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -94,6 +94,39 @@ def scaled_linear(
 @scaled_linear.register_fake
 def _(x, weight, bias, scheme, kernel, out_features, dtype):
     return x[0].new_empty(*x[0].shape[:-1], out_features, dtype=dtype)
+
+
+@torch.library.custom_op("qcompile::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    routing: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool,
+    interleaved: bool,
+) -> Tensor:
+    """The float experts of one layer, with their weights as the model has them: x [tokens, hidden] -> the same.
+
+    ids          int64 [tokens, k], the chosen experts; routing: float [tokens, k], their weights
+    up, down     [experts, out, in], or (transposed) [experts, in, out]; biases [experts, out]
+    activation   a name of ``gates``; interleaved: up makes gate 0, up 0, gate 1 ..., else gate first
+
+    The definition is ``moe.run_float_experts``. It is what marks experts in a traced graph.
+    """
+    return run_float_experts(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, interleaved)
+
+
+@experts.register_fake
+def _(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, interleaved):
+    if x.dim() != 2 or ids.dim() != 2:
+        raise UnsupportedError(
+            f"experts take x [tokens, hidden] and ids [tokens, k], not {x.dim()}-D and {ids.dim()}-D"
+        )
+    return torch.empty_like(x)
 
 
 def compute_experts(
