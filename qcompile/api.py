@@ -6,7 +6,6 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +13,15 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from . import numerics
+from .calibrate import Calibration, plan_needs, refuse_without_data
+from .calibration_data import calibration_inputs, described
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
 from .modules import QuantWeight, quantize_site, quantized_modules, replace_module, set_state, state_of
 from .planning import find_backend, make_plan
-from .progress import progress_bar
 from .sites import first_names, module_name
 from .trace import attribute, trace, walk
-from .types import PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
+from .types import PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
 from .verify import run_pass
 
 Config = QuantConfig | Plan | dict | str | Path
@@ -51,6 +51,10 @@ def quantize(
     *,
     device: str = "cpu",
     example_inputs: tuple[Any, ...] | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    samples: int = 128,
+    sequence: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place and return it: the same class, with QuantLinear at the names of its Linears.
@@ -59,11 +63,17 @@ def quantize(
     positional inputs of ``forward``, needed for anything but a transformers language model. progress: show a bar
     (default: when stderr is a terminal).
 
-    In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
-    read), then rewrite the exported graph alike and hold both to the plan.
+    data: what static activations and some methods are calibrated on: texts (tokenizer: of these, default the one beside
+    the model), token ids in any form, a DataLoader or a dataset of either; for other models an iterable of tuples of
+    positional inputs. It is joined and cut into at most ``samples`` sequences of ``sequence`` tokens (default 512, or
+    as many as the model has positions), in its order.
 
-    Raises before the first weight is touched whenever it can:
-    ConfigError, TraceError, UnsupportedError, CalibrationError (weights that are NaN, infinite or not loaded).
+    In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
+    read; with data decoder block by decoder block), then rewrite the exported graph alike and hold both to the plan.
+
+    Raises before the first weight is touched whenever it can: ConfigError, TraceError, UnsupportedError,
+    CalibrationError (weights that are NaN, infinite or not loaded; data that is missing or cannot be used). Activations
+    that turn out NaN or infinite are a CalibrationError, too; the model is then quantized up to that block only.
     """
     started = time.perf_counter()
     _check_model(model)
@@ -75,12 +85,19 @@ def quantize(
         decided = _checked_plan(config, sites)
     else:
         decided = make_plan(settings, sites, device, _other_bytes(model, sites))
+    inputs, notes = _calibration_inputs(model, decided, graph, example_inputs, data, tokenizer, samples, sequence)
     _check_weights(model, decided)
 
-    results = tuple(_quantize_sites(model, decided, progress))
+    calibration = Calibration(
+        model, decided, graph, example_inputs, inputs,
+        weight_of=lambda planned: _linear(model, planned).weight.detach(),
+        install=lambda planned, packed: _quantize_site(model, planned, packed),
+    )  # fmt: skip
+    quantized = calibration.run(progress)
+    results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
     _check_coverage(model, decided)
     record = _rewrite(graph, decided, model) if graph is not None else None
-    notes = _untie(model, decided)
+    notes += _untie(model, decided)
     report_ = Report(
         type(model).__name__,
         decided,
@@ -217,21 +234,32 @@ def _check_weights(model: nn.Module, plan: Plan) -> None:
             raise CalibrationError(f"{name}.weight holds NaN or infinite values; nothing was quantized")
 
 
-def _quantize_sites(model: nn.Module, plan: Plan, progress: bool | None) -> Iterator[SiteResult]:
-    """Quantize the planned sites one by one; a float weight is released before the next site begins."""
-    with progress_bar("quantizing", len(plan.quantized), progress) as advance:
-        for planned in plan:
-            if not planned.quantized:
-                yield SiteResult(planned, planned.bytes_after)
-                continue
-            _return_memory()
-            yield _quantize_site(model, planned)
-            advance(planned.site.name)
+def _calibration_inputs(
+    model: nn.Module,
+    plan: Plan,
+    graph: GraphModule | None,
+    example_inputs: tuple[Any, ...] | None,
+    data: Any,
+    tokenizer: Any,
+    samples: int,
+    sequence: int | None,
+) -> tuple[list[tuple[Any, ...]], tuple[str, ...]]:
+    """What to run for calibration, and a note on it; nothing if no site of the plan needs any."""
+    if not plan_needs(plan):
+        unused = "data was not read: no scheme and no method of this plan is calibrated"
+        return [], () if data is None else (unused,)
+    if data is None:
+        refuse_without_data(plan, "Pass data=, for example some hundred texts like those that the model will see.")
+    inputs = calibration_inputs(
+        model, data, tokenizer=tokenizer, samples=samples, sequence=sequence, graph=graph, example_inputs=example_inputs
+    )
+    return inputs, (described(inputs),)
 
 
-def _quantize_site(model: nn.Module, planned: PlannedSite) -> SiteResult:
+def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:
+    _return_memory()
     linear = _linear(model, planned)
-    quantized, result = quantize_site(planned, linear.weight.detach(), linear.bias)
+    quantized, result = quantize_site(planned, linear.weight.detach(), linear.bias, packed)
     replace_module(model, linear, quantized.train(linear.training))
     return result
 

@@ -57,6 +57,15 @@ def calibration_inputs(
     return [_on_device(item, device) for item in islice(_positional(data, graph), samples)] or _nothing()
 
 
+def described(inputs: Sequence[tuple[Any, ...]]) -> str:
+    """How much a model was calibrated on, for a report."""
+    first = inputs[0][0] if inputs[0] else None
+    if isinstance(first, Tensor) and first.dtype == torch.long and first.dim() == 2 and len(inputs[0]) == 1:
+        rows = sum(len(batch) for (batch,) in inputs)
+        return f"calibrated on {rows} sequences of {first.shape[1]} tokens"
+    return f"calibrated on {len(inputs)} sets of inputs"
+
+
 # ---------------------------------------------------------------------------------------------------------- token ids
 
 

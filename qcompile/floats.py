@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import numerics
+from .calibrate import refuse_without_data
 from .config import QuantConfig
 from .errors import ConfigError
 from .modules import QuantWeight, quantize_site
@@ -56,6 +57,7 @@ def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], con
         if weight is not None:
             weights[site.name] = weight
     plan = make_plan(config, sites.values(), next(iter(weights.values())).device.type if weights else "cpu")
+    refuse_without_data(plan, "Quantize before compiling: qcompile.quantize(model, config, data=...).")
     packed = {p.site.name: _pack(p, weights[p.site.name]) for p in plan.quantized}
 
     def tensors(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:

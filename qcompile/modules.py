@@ -125,11 +125,17 @@ class QuantExperts(nn.Module):
 
 
 @torch.no_grad()
-def quantize_site(planned: PlannedSite, weight: Tensor, bias: Tensor | None) -> tuple[QuantWeight, SiteResult]:
-    """Quantize a float weight [out, in] or [experts, out, in] as planned: its module, and what was lost."""
+def quantize_site(
+    planned: PlannedSite, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None = None
+) -> tuple[QuantWeight, SiteResult]:
+    """Quantize a float weight [out, in] or [experts, out, in] as planned: its module, and what was lost.
+
+    packed: what calibration made of it already.
+    """
     scheme = planned.scheme
     assert scheme is not None
-    packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
+    if packed is None:
+        packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
     sqnr = numerics.signal_to_noise(weight, packed)
     module = module_of(planned, packed, bias)
     return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.buffers()), sqnr)

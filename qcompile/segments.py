@@ -8,9 +8,9 @@ signature of a block, and no cache is involved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Segment:
     """
 
     name: str
-    reads: dict[str, Hashable]
+    reads: Mapping[str, Hashable]
     nodes: tuple[Node, ...] = ()
     calls: dict[Node, str] = field(default_factory=dict)
 
@@ -42,6 +42,20 @@ class Segment:
     def sites(self) -> tuple[str, ...]:
         """Names of the sites that are computed here, in order."""
         return tuple(self.reads)
+
+
+class Runner(Protocol):
+    """Something that runs a model part by part; ``values`` are whatever it hands from one part to the next."""
+
+    parts: list[Segment]
+
+    def start(self, inputs: tuple[Any, ...]) -> Any:
+        """What the first part begins with, for one set of positional inputs."""
+        ...
+
+    def run(self, part: Segment, values: Any, observe: Observer | None = None) -> Any:
+        """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``."""
+        ...
 
 
 class Segments:
@@ -82,7 +96,8 @@ class Segments:
                     observe(site, x)
                 values[node] = self.model.get_submodule(site)(x)
             else:
-                args, kwargs = (map_arg(given, lambda n: self._value(n, values)) for given in (node.args, node.kwargs))
+                args: Any = map_arg(node.args, lambda n: self._value(n, values))
+                kwargs: Any = map_arg(node.kwargs, lambda n: self._value(n, values))
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for finished in self._done_after.get(node, ()):
                 values.pop(finished, None)
@@ -122,7 +137,7 @@ class WholeModel:
         """Run the model in eval mode on positional inputs; returns them."""
         training = {module: module.training for module in self.call.modules()}
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))  # type: ignore[misc]
+            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
             for name, module in self.modules.items()
             if observe is not None
         ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..numerics import quantize_weight
+from ..observers import Needs, Statistics
 from ..types import PackedWeight, Scheme
 
 
@@ -28,8 +29,14 @@ class RoundToNearest:
             if value not in self.options[key]:
                 raise ConfigError(f"option {key!r} of method 'rtn' must be one of {self.options[key]}, not {value!r}")
 
-    def quantize(self, weight: Tensor, scheme: Scheme, options: dict[str, object]) -> PackedWeight:
-        """Quantize a float weight [out, in]."""
+    def needs(self, scheme: Scheme, options: dict[str, object]) -> Needs:
+        """Nothing."""
+        return Needs()
+
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, options: dict[str, object], statistics: Statistics | None = None
+    ) -> PackedWeight:
+        """Quantize a float weight [out, in] or [experts, out, in]."""
         return quantize_weight(weight, scheme, observer=str(options.get("observer", "minmax")))
 
 
