@@ -274,20 +274,22 @@ def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
     """Rewrite the exported graph like the model; PassError names every planned site that is not in the graph."""
     from .passes.quantize_linear import QuantizeLinear
 
-    def weights(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
+    nodes: dict[int, Node] = {}  # one per tensor: sites that share a static scale must be seen to do so
+
+    def attributes(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
         module = cast(QuantWeight, model.get_submodule(planned.site.name))
-        named = {
-            name: attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
-            for name, tensor in module.named_buffers(recurse=False)
-        }
-        return list(named.values())[: len(module.tensors())], list(named.values())[len(module.tensors()) :]
+        for name, tensor in module.named_buffers(recurse=False):
+            if id(tensor) not in nodes:
+                nodes[id(tensor)] = attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
+        weights, params = ([nodes[id(t)] for t in tensors] for tensors in (module.tensors(), module.params()))
+        return weights, params
 
     first = first_names(model)
 
     def site_of(node: Node) -> str:
         return first.get(module_name(node), "")
 
-    return run_pass(QuantizeLinear(site_of, {p.site.name: p for p in plan.quantized}, weights), graph)
+    return run_pass(QuantizeLinear(site_of, {p.site.name: p for p in plan.quantized}, attributes), graph)
 
 
 def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:
