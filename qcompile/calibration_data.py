@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -64,6 +67,23 @@ def described(inputs: Sequence[tuple[Any, ...]]) -> str:
         rows = sum(len(batch) for (batch,) in inputs)
         return f"calibrated on {rows} sequences of {first.shape[1]} tokens"
     return f"calibrated on {len(inputs)} sets of inputs"
+
+
+def read_data(path: Path) -> Any:
+    """Calibration data of a file: ``.safetensors`` with ``input_ids``, ``.jsonl`` of texts or mappings, else one text.
+
+    A line of ``.jsonl`` is a string, a list of ids or a mapping with 'text' or 'input_ids'. ConfigError when the file
+    cannot be read as that.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"input_ids": load_file(path)["input_ids"]}
+        text = path.read_text(encoding="utf-8")
+        return text if path.suffix != ".jsonl" else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"cannot read calibration data from {path}: {error or type(error).__name__}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------- token ids

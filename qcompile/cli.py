@@ -128,6 +128,14 @@ def quantize(
     config: Annotated[
         str, typer.Option(help="A preset (rtn), a scheme (w8a8, w4a16_g64_asym) or a file.yaml.")
     ] = "rtn",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Calibration data: UTF-8 text, .jsonl with 'text', or .safetensors with 'input_ids'."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences, at most.")] = 128,
+    sequence: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sequence (default: 512, or all that the model can take).")
+    ] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     report: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
@@ -144,10 +152,12 @@ def quantize(
 
     import qcompile
 
+    from .calibration_data import read_data
     from .reporting import report_dict, report_html
 
+    texts = read_data(data) if data else None
     model = qcompile.load(path, device=device)
-    qcompile.quantize(model, settings, device=device)
+    qcompile.quantize(model, settings, device=device, data=texts, samples=samples, sequence=sequence)
     facts = qcompile.report(model)
     qcompile.save(model, out, overwrite=overwrite)
     if report:

@@ -1,5 +1,6 @@
 """What users pass as data: every kind gives the same rows of ids, and what cannot be used says why."""
 
+import json
 from collections import UserDict
 
 import numpy
@@ -8,9 +9,10 @@ import torch
 from helpers import TinyMLP, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from qcompile.calibration_data import calibration_inputs, token_rows
+from qcompile.calibration_data import calibration_inputs, read_data, token_rows
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.trace import trace
 
@@ -212,3 +214,27 @@ class TestOtherModels:
         for option in ({"tokenizer": tokenizer}, {"sequence": 12}):
             with pytest.raises(ConfigError, match="is about token ids"):
                 calibration_inputs(TinyMLP(), X, graph=graph, **option)
+
+
+class TestFiles:
+    def test_every_kind_of_file(self, model, tmp_path):
+        (tmp_path / "a.txt").write_text(WORDS)
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": word}) + "\n\n" for word in WORDS.split()))
+        (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, IDS.tolist())))
+        save_file({"input_ids": IDS.int()}, tmp_path / "ids.safetensors")
+        files = list(tmp_path.iterdir())
+        assert len(files) == 4
+        for file in files:
+            assert torch.equal(rows(model, read_data(file), tokenizer=tokenizer), IDS)
+
+    @pytest.mark.parametrize(
+        "name", ["none.txt", "folder", "bad.jsonl", "bad.safetensors", "other.safetensors", "latin"]
+    )
+    def test_an_unreadable_file_is_explained(self, tmp_path, name):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "bad.jsonl").write_text('{"text": ')
+        (tmp_path / "bad.safetensors").write_text("no")
+        (tmp_path / "latin").write_bytes(b"\xe9\xe8")
+        save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+        with pytest.raises(ConfigError, match=f"cannot read calibration data from .*{name}: ."):
+            read_data(tmp_path / name)
