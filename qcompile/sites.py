@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .types import Site
+
+if TYPE_CHECKING:
+    from .experts import ExpertsLayout
 
 PREFIX = "model_under_trace"
 LINEARS = (torch.ops.aten.linear.default, torch._C._nn.linear)
@@ -59,10 +62,14 @@ def _is_functional(node: Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload)
 
 
-def find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
+def find_sites(graph: GraphModule, model: nn.Module, layouts: Sequence[ExpertsLayout] = ()) -> tuple[Site, ...]:
     """Sites of ``model`` in the order in which its traced graph reaches them, then those that it never calls."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    first = first_names(model)
+    first, experts = first_names(model), {layout.name: layout for layout in layouts}
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not any(parent in experts for parent in _parents(first[name]))
+    }
     tied = _tied_names(model)
     roles = find_roles(graph)
     sites: dict[str, Site] = {}
@@ -71,32 +78,69 @@ def find_sites(graph: GraphModule, model: nn.Module) -> tuple[Site, ...]:
             continue
         name = first.get(module_name(node), "")
         module = modules.get(name)
-        if node.target in LINEARS and isinstance(module, nn.Linear):
+        if is_experts(node):
+            sites |= {site.name: site for site in expert_sites(experts[name], node)}
+        elif node.target in LINEARS and isinstance(module, nn.Linear):
             if name not in sites:
                 sites[name] = _site(name, module, roles[node], tied.get(name, ""), node)
         elif node.target in LINEARS or node.target in _OTHER_PRODUCTS:
             _add_bare_product(sites, modules, name, node, roles.get(node, "linear"))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in sites:
-            sites[name] = _site(
-                name, module, "linear", tied.get(name, ""), obstacle="the traced forward never calls it"
-            )
+    unreached = "the traced forward never calls it"
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and first[name] not in sites:
+            sites[first[name]] = _site(first[name], module, "linear", tied.get(name, ""), obstacle=unreached)
+    for site in (site for layout in layouts for site in expert_sites(layout, obstacle=unreached)):
+        sites.setdefault(site.name, site)
     for name in _read_elsewhere(graph, modules, first) & sites.keys():
         obstacle = "its weight is also read outside of its own forward, which a quantized module could not serve"
         sites[name] = replace(sites[name], obstacle=obstacle)
     return tuple(sites.values())
 
 
-def walk_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every Linear of ``model`` in the order of its modules; no inputs, producers or routers are known."""
+def walk_sites(model: nn.Module, layouts: Sequence[ExpertsLayout] = ()) -> tuple[Site, ...]:
+    """Every Linear and all experts of ``model``, in the order of its modules; no inputs or routers are known."""
+    experts = {layout.name: layout for layout in layouts}
     output_embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = output_embeddings()
     tied = _tied_names(model)
-    return tuple(
-        _site(name, module, "lm_head" if module is head else "linear", tied.get(name, ""))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if name in experts:
+            sites += expert_sites(experts[name])
+        elif isinstance(module, nn.Linear) and not any(parent in experts for parent in _parents(name)):
+            sites.append(_site(name, module, "lm_head" if module is head else "linear", tied.get(name, "")))
+    return tuple(sites)
+
+
+def expert_sites(layout: ExpertsLayout, node: Node | None = None, obstacle: str = "") -> Iterator[Site]:
+    """The two projections of the experts of a layer; ``node`` marks them in a traced graph.
+
+    The down projection reads what the gated activation inside of the experts gives.
+    """
+    reads = [("", ""), ("", "")]
+    if node is not None:
+        source = _through_views(node.args[0])
+        reads = [(source.name, module_name(source)), (f"{node.name}.gated", layout.name)]
+    form = layout.arithmetic
+    shapes = ((form.rows, form.hidden), (form.hidden, form.intermediate))
+    for projection, (inputs, producer), (out, inn) in zip(layout.projections, reads, shapes, strict=True):
+        yield Site(
+            name=f"{layout.name}.{projection}", role="experts", kind="experts", experts=layout.experts,
+            out_features=out, in_features=inn, dtype=layout.dtype, has_bias=bool(form.biases),
+            inputs=inputs, producer=producer, block=block_name(layout.name), obstacle=obstacle,
+        )  # fmt: skip
+
+
+def is_experts(node: Node) -> bool:
+    """Whether ``node`` stands for the float experts of a layer."""
+    return node.op == "call_function" and getattr(node.target, "_name", "") == "qcompile::experts"
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Names of all modules around the module called ``name``."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -150,6 +194,8 @@ def _add_bare_product(
         dtype=_tensor(parameter).dtype,
         block=block_name(name),
         obstacle=f"it is {operator} on a parameter of {owner}, not a Linear module that could be replaced",
+        kind="experts" if len(shape) == 3 else "linear",
+        experts=shape[0] if len(shape) == 3 else 0,
     )
     sites.setdefault(label, site)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import ConfigError, TraceError, UnsupportedError
+from .experts import ExpertsLayout, find_experts
+from .float_experts import mark, stand_in
 from .sites import PREFIX, find_sites, plain_name, walk_sites
 from .skeleton import is_transformers
 from .types import Site
@@ -27,6 +30,7 @@ class Traced:
 
     graph: GraphModule
     sites: tuple[Site, ...]
+    experts: tuple[ExpertsLayout, ...] = ()
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -41,7 +45,6 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
     dimensions of a tensor with three or more, and the first of one with two, are dynamic. Raises TraceError that says
     which construct cannot be exported and what to do.
     """
-    _refuse_experts(model)
     if not is_language_model(model) and example_inputs is None:
         raise TraceError(
             f"{type(model).__name__} is not a transformers language model, so its inputs are not known: "
@@ -52,14 +55,16 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> Tr
             f"example_inputs is the tuple of forward's positional arguments, not {type(example_inputs).__name__}; "
             "for a single one write (tensor,)"
         )
-    graph = _export(model, example_inputs)
-    return Traced(graph, find_sites(graph, model))
+    layouts = find_experts(model)
+    graph = _export(model, example_inputs, layouts)
+    sites = find_sites(graph, model, layouts)
+    _refuse_unknown_experts(sites)
+    return Traced(graph, sites, layouts)
 
 
 def walk(model: nn.Module) -> tuple[Site, ...]:
     """Sites from a walk over modules, for models that cannot be exported: no inputs, producers or routers are known."""
-    _refuse_experts(model)
-    return walk_sites(model)
+    return walk_sites(model, find_experts(model))
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -91,27 +96,42 @@ def as_called(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> nn.Mo
     return _Call(model) if example_inputs is not None else _Logits(model)
 
 
-def _shadow(model: nn.Module, mode) -> nn.Module:
-    """A copy of ``model`` with fake tensors in place of its weights; meta tensors become fake CPU tensors."""
+def _shadow(model: nn.Module, mode, layouts: Sequence[ExpertsLayout]) -> nn.Module:
+    """A copy of ``model`` with fake tensors in place of its weights; meta tensors become fake CPU tensors.
+
+    Lists of experts, of which a model has thousands, are not copied: fused ones stand in their place.
+    """
     memo: dict[int, Any] = {}
+    listed = [(model.get_submodule(layout.name), layout) for layout in layouts if layout.listed]
+    replaced = {id(t) for experts, _ in listed for t in [*experts.parameters(), *experts.buffers()]}
+    for experts, layout in listed:
+        device = next(experts.parameters()).device
+        with mode:
+            memo[id(experts)] = stand_in(layout, torch.empty(0, device="cpu" if device.type == "meta" else device))
     for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) in replaced:
+            continue
         if tensor.device.type == "meta":
             with mode:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         else:
             fake = mode.from_tensor(tensor.detach(), static_shapes=True)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, memo)
+    shadow = copy.deepcopy(model, memo)
+    mark(shadow, layouts)
+    return shadow
 
 
-def _export(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> GraphModule:
+def _export(
+    model: nn.Module, example_inputs: tuple[Any, ...] | None, layouts: Sequence[ExpertsLayout] = ()
+) -> GraphModule:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import export
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        wrapped = as_called(_shadow(model, mode).eval(), example_inputs)
+        wrapped = as_called(_shadow(model, mode, layouts).eval(), example_inputs)
         if example_inputs is None:
             with mode:
                 inputs: tuple[Any, ...] = (example_input_ids(),)
@@ -148,6 +168,7 @@ _HINTS = {
     "GuardOnDataDependentSymNode": "its forward decides on tensor values (a Python `if` or a loop over them)",
     "DataDependentOutputException": "its forward reads a tensor's value (.item(), .tolist(), a branch on it)",
     "DynamicOutputShapeException": "an operation's output shape depends on values (nonzero, masked indexing)",
+    "k not in range": "topk chooses more than there are (more experts per token than experts?)",
     "Constraints violated": "a dimension that should be dynamic is fixed by the code",
 }
 
@@ -165,18 +186,16 @@ def _explain(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _refuse_experts(model: nn.Module) -> None:
-    names = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Experts")
-        or (name.endswith(".experts") and isinstance(module, nn.ModuleList))
-    ]
-    if names:
-        raise UnsupportedError(
-            f"{type(model).__name__} is a mixture of experts ({names[0]} and {len(names) - 1} more): "
-            "quantizing experts is not supported yet, and leaving them float in silence would be worse"
-        )
+def _refuse_unknown_experts(sites: tuple[Site, ...]) -> None:
+    """UnsupportedError for stacked weights, one for each choice of a router beside them, that are no known experts."""
+    choices = {(site.block, site.out_features) for site in sites if site.role == "router"}
+    for site in sites:
+        if site.kind == "experts" and site.role != "experts" and (site.block, site.experts) in choices:
+            raise UnsupportedError(
+                f"{site.name} is a weight of {site.experts} experts that cannot be quantized: {site.obstacle}. "
+                "Put the experts into a module of their own with forward(hidden_states, top_k_index, top_k_weights), "
+                "as in transformers, or into a ModuleList"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- graph

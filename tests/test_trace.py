@@ -11,7 +11,7 @@ from helpers import TinyMLP, logits, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from qcompile.errors import ConfigError, TraceError, UnsupportedError
+from qcompile.errors import ConfigError, TraceError
 from qcompile.sites import block_name, plain_name
 from qcompile.trace import bind, trace, walk
 
@@ -100,11 +100,6 @@ class TestLanguageModels:
             ids = torch.randint(3, 150, shape)
             with torch.no_grad():
                 assert torch.equal(runnable(ids), logits(model, ids))
-
-    def test_a_mixture_of_experts_is_refused_before_it_is_traced(self):
-        changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
-        with pytest.raises(UnsupportedError, match=r"mixture of experts \(model\.layers\.0\.mlp\.experts and 1 more\)"):
-            trace(on_meta("qwen3_moe", **changes))
 
 
 EIGHT_BILLION = """
