@@ -163,7 +163,7 @@ class Calibration:
     def _static(self, planned: PlannedSite, seen: dict[str, Statistics]) -> dict[str, Tensor]:
         """Stored parameters of static activations: the same tensors for all sites that read the same tensor."""
         activation, label = planned.scheme.activation if planned.scheme else None, planned.site.inputs
-        if activation is None or activation.dynamic:
+        if activation is None or "input_scale" not in activation.params:
             return {}
         key = (label or planned.site.name, str(activation))
         if key not in self._parameters:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import numerics
+from .small_floats import SCALE_DTYPES
 from .types import PackedWeight, Scheme, Site
 
 NO_PARAMS: Mapping[str, Tensor] = {}
@@ -39,8 +40,9 @@ class Kernel:
         weight, groups = scheme.weight, scheme.weight.groups(site.in_features)
         scales = weight.scale_rows(site.out_features) * groups
         codes = site.out_features * -(-site.in_features * weight.bits // 8)
-        one = codes + scales * (site.dtype.itemsize if weight.number in ("int", "fp8") else 1)
-        return max(1, site.experts) * (one + (0 if weight.symmetric else scales))
+        one = codes + scales * (1 if weight.number in SCALE_DTYPES else site.dtype.itemsize)
+        one += (0 if weight.symmetric else scales) + (4 if weight.number == "nvfp4" else 0)
+        return max(1, site.experts) * one
 
     def prepare(self, packed: PackedWeight) -> list[Tensor]:
         """Device tensors of a canonical weight."""
@@ -98,8 +100,7 @@ class Kernel:
         tensors: Sequence[Tensor], scheme: Scheme, in_features: int, dtype: torch.dtype | None = None
     ) -> Tensor:
         codes, scales, zeros, permutation, outer = _named(tensors, scheme)
-        scales = scales if dtype is None else scales.to(dtype)
-        return numerics.dequantize(codes, scales, zeros, permutation, scheme, in_features, outer)
+        return numerics.dequantize(codes, scales, zeros, permutation, scheme, in_features, outer, dtype)
 
 
 def _grouped_reference(

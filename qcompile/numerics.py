@@ -1,22 +1,32 @@
 """Rounding, scales and packing: all bit twiddling of qcompile, in plain torch.
 
-Conventions, used everywhere: weights are ``W = (q - z) * s`` with unsigned codes ``q``, activations are ``x = (q - z) *
-s`` with signed ones; rounding is half to even (torch.round); the product of code and scale that makes a float weight is
-computed in the scale's dtype with one rounding.
+Conventions, used everywhere: integer weights are ``W = (q - z) * s`` with unsigned codes ``q``, integer activations
+``x = (q - z) * s`` with signed ones, small floats ``q * s``; rounding is half to even; the product of code and scale
+that makes a float weight is computed in the scale's dtype with one rounding. Activations are defined in
+``activations``, the floats of 4 and 8 bits in ``small_floats``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from . import small_floats
+from .activations import dequantize_activation, quantize_activation
 from .errors import UnsupportedError
-from .types import ActivationType, PackedWeight, Scheme, WeightType
+from .types import PackedWeight, Scheme, WeightType
+
+__all__ = [
+    "CHUNK", "code_values", "dequantize", "dequantize_activation", "dequantize_packed", "expand_groups", "is_finite",
+    "pack_codes", "quantize_activation", "quantize_weight", "signal_to_noise", "signed_codes", "unpack_codes",
+]  # fmt: skip
 
 CHUNK = 1 << 20  # elements of a weight that are worked on at once: bounds the float32 temporaries to some 25 MB
+_PERCENT = range(100, 69, -1)  # of a scale, tried by observer "mse"
 
 
 # ---------------------------------------------------------------------------------------------------- bit streams
@@ -34,7 +44,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     per_byte = 8 // bits if 8 % bits == 0 else 0
     if per_byte:
-        codes = torch.nn.functional.pad(codes, (0, -n % per_byte))
+        codes = F.pad(codes, (0, -n % per_byte))
         parts = codes.unflatten(-1, (-1, per_byte))
         packed = parts[..., 0].clone()
         for i in range(1, per_byte):
@@ -42,7 +52,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return packed
     shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
     stream = ((codes[..., None] >> shifts) & 1).flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
@@ -61,57 +71,191 @@ def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     return (stream * weights).sum(-1, dtype=torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------- weight scales
+# --------------------------------------------------------------------------------------------------------- weights
 
 
-def _groups(weight: Tensor, group_size: int | None) -> Tensor:
-    """View float weights [out, in] as float32 [out, groups, group]; a short last group is padded with zeros."""
-    size = group_size or weight.shape[1]
-    padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % size))
-    return padded.unflatten(1, (-1, size))
+def quantize_weight(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    observer: str = "minmax",
+    codes: str = "full",
+) -> PackedWeight:
+    """Round a float weight [out, in], or [experts, out, in], to the nearest codes of ``scheme``.
 
+    Of each group of weights that share a scale, with ``top`` = 2 ** (bits - 1) - 1:
 
-def _encode(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """Codes, as float32, of ``groups`` [out, G, g] under float32 scales and zeros [out, G]."""
-    safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return torch.round(groups / safe[..., None]).add_(zeros[..., None]).clamp_(0, 2**bits - 1)
+    integers, symmetric   the element of largest magnitude becomes -top - 1, so the sign of the scale is its opposite
+                          (AutoRound's rule; a quarter less squared error on Gaussian groups than max / (top + 0.5)).
+                          codes="narrow": scale = max|w| / top, and -top - 1 does not occur
+    integers, asymmetric  scale = (max - min) / (2 ** bits - 1) of the range extended to include 0; zero point =
+                          round(-min / scale), under the scale as it is stored
+    fp8                   scale = max|w| / 448
+    nvfp4                 outer = 448 * 6 / max|whole weight|; scale = round_e4m3(max|w| / 6 * outer)
+    mxfp4, mxfp8          scale = 2 ** (floor(log2(max|w|)) - 2, or - 8)
 
+    Codes are w / scale, rounded half to even under the scale as it is stored; e4m3 and e2m1 saturate. No scale is zero,
+    also where all weights are.
 
-def _minmax_scales(groups: Tensor, weight_type: WeightType, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales, representable in ``dtype``, and zero points of each group, float32 [out, G].
-
-    Symmetric: the element of largest magnitude maps to code 0, so the sign of the scale is its opposite (the rule of
-    AutoRound; a quarter less squared error on Gaussian groups than max / 7.5, at the same cost). Asymmetric: the range
-    includes zero, and the zero point is rounded to an integer under the scale as it is stored.
+    scale_dtype: dtype in which scales are stored (default: the weight's; nvfp4 and the mx formats have their own).
+    observer: "minmax" takes the range of each group, "mse" searches scales from 100 % down to 70 % of that (mx formats:
+    twice and half of it) for the least squared error. The weight must be finite; asymmetric codes can stand for up to
+    half a step more than its largest element, which float16 scales cannot express above some 30 000. Rows are worked
+    on in chunks, so temporaries stay small.
     """
+    weight_type = scheme.weight
+    if codes == "narrow" and not (weight_type.number == "int" and weight_type.symmetric):
+        raise UnsupportedError(f"narrow codes are those of symmetric integers; {scheme} has none")
+    if observer == "mse" and weight_type.per_tensor:
+        raise UnsupportedError("observer 'mse' searches the scales of groups, not one for a whole tensor")
+    dtype, searched = small_floats.SCALE_DTYPES.get(weight_type.number, scale_dtype or weight.dtype), observer == "mse"
+    parts = [
+        _quantize_matrix(matrix, weight_type, dtype, searched, codes == "narrow")
+        for matrix in (weight if weight.dim() == 3 else weight[None])
+    ]
+    tensors = {name: torch.stack([p[name] for p in parts]) if weight.dim() == 3 else t for name, t in parts[0].items()}
+    return PackedWeight(scheme, tuple(weight.shape), **tensors)
+
+
+def _quantize_matrix(
+    weight: Tensor, weight_type: WeightType, dtype: torch.dtype, searched: bool, narrow: bool
+) -> dict[str, Tensor]:
+    """The tensors of a PackedWeight [out, in]."""
+    tensors: dict[str, Tensor] = {}
+    whole = torch.zeros(1, device=weight.device)
+    if weight_type.per_tensor or weight_type.number == "nvfp4":
+        whole = torch.stack(torch.aminmax(weight)).float().abs().amax().reshape(1)
+    if weight_type.number == "nvfp4":
+        tensors["outer"] = small_floats.nvfp4_outer(whole)
+    codes, scales, zeros = [], [], []
+    for rows in _row_chunks(weight, weight_type):
+        groups = _groups(rows, weight_type)
+        if weight_type.number == "int":
+            q, s, z = _round_integers(groups, weight_type, dtype, searched, narrow)
+            zeros.append(z.to(torch.uint8))
+        else:
+            q, s = _round_floats(groups, weight_type, dtype, searched, whole)
+        codes.append(pack_codes(_ungroup(q, weight_type, *rows.shape), weight_type.bits))
+        scales.append(s.to(dtype))
+    tensors["codes"] = torch.cat(codes)
+    tensors["scales"] = scales[0][:1] if weight_type.per_tensor else torch.cat(scales)
+    if not weight_type.symmetric:
+        tensors["zeros"] = torch.cat(zeros)
+    return tensors
+
+
+def _row_chunks(weight: Tensor, weight_type: WeightType) -> Iterator[Tensor]:
+    """Some rows of a weight [out, in] at a time; never a part of a block."""
+    height = weight_type.block[0] if weight_type.block else 1
+    rows = max(1, CHUNK // max(1, weight.shape[1]) // height) * height
+    yield from weight.split(rows) if weight.shape[0] else [weight]
+
+
+def _groups(weight: Tensor, weight_type: WeightType) -> Tensor:
+    """Float weights [out, in] as float32 [scale rows, groups, weights of one]; short groups are padded with zeros."""
+    (out, inn), (height, width) = weight.shape, _group_shape(weight_type, weight.shape[1])
+    padded = F.pad(weight.float(), (0, -inn % width, 0, -out % height))
+    return (
+        padded.unflatten(1, (-(-inn // width), width))
+        .unflatten(0, (-(-out // height), height))
+        .transpose(1, 2)
+        .flatten(2)
+    )
+
+
+def _ungroup(codes: Tensor, weight_type: WeightType, out: int, inn: int) -> Tensor:
+    """Inverse of ``_groups``: [out, in]."""
+    return codes.unflatten(2, _group_shape(weight_type, inn)).transpose(1, 2).flatten(2).flatten(0, 1)[:out, :inn]
+
+
+def _group_shape(weight_type: WeightType, in_features: int) -> tuple[int, int]:
+    return weight_type.block or (1, weight_type.group_size or in_features)
+
+
+def _round_integers(
+    groups: Tensor, weight_type: WeightType, dtype: torch.dtype, searched: bool, narrow: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [R, G, n] of ``groups``; scales, as ``dtype`` has them, and zero points, float32 [R, G]."""
+    scales, zeros = _minmax_scales(groups, weight_type, dtype, narrow)
+    lowest, highest = int(narrow), 2**weight_type.bits - 1
+
+    def encode(scales: Tensor) -> Tensor:
+        return torch.round(groups / scales[..., None]).add_(zeros[..., None]).clamp_(lowest, highest)
+
+    def restore(scales: Tensor) -> Tensor:
+        return (encode(scales) - zeros[..., None]) * scales[..., None]
+
+    if searched:
+        signs = (1.0, -1.0) if weight_type.symmetric and not narrow else (1.0,)
+        shares = [sign * percent / 100 for sign in signs for percent in _PERCENT]
+        scales = _least_error(groups, (_representable(scales * share, dtype) for share in shares), restore)
+    return encode(scales).to(torch.uint8), scales, zeros
+
+
+def _minmax_scales(groups: Tensor, weight_type: WeightType, dtype: torch.dtype, narrow: bool) -> tuple[Tensor, Tensor]:
+    """Scales, representable in ``dtype``, and zero points of each group, float32 [R, G]."""
     bits, half = weight_type.bits, 2 ** (weight_type.bits - 1)
+    low, high = groups.amin(-1), groups.amax(-1)
     if weight_type.symmetric:
-        high, low = groups.amax(-1), groups.amin(-1)
         extreme = torch.where(high > -low, high, low)
-        scales = torch.where(extreme == 0, torch.ones_like(extreme), extreme / -half)
-        return _representable(scales, dtype), torch.full_like(scales, half)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = extreme.abs() / (half - 1) if narrow else extreme / -half
+        return _representable(torch.where(extreme == 0, 1.0, scales), dtype), torch.full_like(scales, half)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scales = (high - low) / (2**bits - 1)
-    scales = _representable(torch.where(scales == 0, torch.ones_like(scales), scales), dtype)
+    scales = _representable(torch.where(scales == 0, 1.0, scales), dtype)
     return scales, torch.round(-low / scales).clamp_(0, 2**bits - 1)
 
 
-def _search_scales(
-    groups: Tensor, scales: Tensor, zeros: Tensor, weight_type: WeightType, dtype: torch.dtype
+def _round_floats(
+    groups: Tensor, weight_type: WeightType, dtype: torch.dtype, searched: bool, whole: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Shrink each group's range in steps of 1 % down to 70 % and keep the least squared error (observer "mse")."""
-    best = torch.full_like(scales, torch.inf)
-    best_scales, best_zeros = scales.clone(), zeros.clone()
-    signs = (1.0, -1.0) if weight_type.symmetric else (1.0,)
-    for sign in signs:
-        for percent in range(100, 69, -1):
-            tried = _representable(scales * (sign * percent / 100), dtype)
-            codes = _encode(groups, tried, zeros, weight_type.bits)
-            error = ((codes - zeros[..., None]) * tried[..., None] - groups).square_().sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scales = torch.where(better, tried, best_scales)
-    return best_scales, best_zeros
+    """Codes uint8 [R, G, n] of ``groups`` and their scales, float32 [R, G], as ``dtype`` has them.
+
+    whole: [1], the largest magnitude of the weight where it matters (nvfp4, and one scale per tensor).
+    """
+    number = weight_type.number
+    outer = small_floats.nvfp4_outer(whole) if number == "nvfp4" else torch.ones(1, device=groups.device)
+    extreme = whole.expand(len(groups), 1) if weight_type.per_tensor else groups.abs().amax(-1)
+
+    def scales_for(extreme: Tensor) -> Tensor:
+        if number == "nvfp4":
+            return small_floats.nvfp4_scales(extreme, outer).float()
+        if number != "fp8":
+            return small_floats.mx_scales(extreme, number).float()
+        # half a step of subnormal float16 more: a scale that is rounded down much would saturate the extreme
+        scales = extreme / small_floats.E4M3_MAX + (2.0**-25 if dtype == torch.float16 else 0)
+        return _representable(torch.where(extreme == 0, 1.0, scales), dtype)
+
+    def encode(scales: Tensor) -> Tensor:
+        shares = groups / (scales / outer)[..., None]
+        return small_floats.round_e2m1(shares) if weight_type.bits == 4 else small_floats.round_e4m3(shares)
+
+    def restore(scales: Tensor) -> Tensor:
+        return encode(scales).float() * (scales / outer)[..., None]
+
+    scales = scales_for(extreme)
+    if searched:
+        shares = (1.0, 2.0, 0.5) if number.startswith("mx") else [percent / 100 for percent in _PERCENT]
+        scales = _least_error(groups, (scales_for(extreme * share) for share in shares), restore)
+    codes = encode(scales)
+    return small_floats.e2m1_codes(codes) if weight_type.bits == 4 else codes.view(torch.uint8), scales
+
+
+def _least_error(groups: Tensor, candidates: Iterable[Tensor], restore: Callable[[Tensor], Tensor]) -> Tensor:
+    """For each group the first of its candidate scales [R, G] under which it loses least."""
+
+    def lost(scales: Tensor) -> Tensor:
+        return (restore(scales) - groups).square_().sum(-1)
+
+    tried = iter(candidates)
+    chosen = next(tried)
+    least = lost(chosen)
+    for scales in tried:
+        error = lost(scales)
+        chosen = torch.where(error < least, scales, chosen)
+        least = torch.fmin(error, least)
+    return chosen
 
 
 def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,48 +268,6 @@ def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     smallest = 2.0**-24 if dtype == torch.float16 else info.smallest_normal
     magnitude = scales.abs().clamp(min=smallest, max=info.max).to(dtype).float()
     return torch.copysign(magnitude, scales)
-
-
-def quantize_weight(
-    weight: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype | None = None, observer: str = "minmax"
-) -> PackedWeight:
-    """Round a float weight [out, in], or [experts, out, in], to the nearest codes of ``scheme``.
-
-    scale_dtype: dtype in which scales are stored (default: the weight's). observer: "minmax" takes the range of each
-    group, "mse" searches the shrunk range of least squared error. The weight must be finite; asymmetric codes can stand
-    for up to half a step more than its largest element, which float16 scales cannot express above some 30 000. Rows are
-    worked on in chunks, so temporaries stay small.
-    """
-    weight_type, scale_dtype = scheme.weight, scale_dtype or weight.dtype
-    if weight_type.number != "int":
-        raise UnsupportedError(f"rounding to {weight_type.number} weights is not supported")
-    *experts, out, inn = weight.shape
-    codes, scales, zeros = [], [], []
-    for rows in _row_chunks(weight.reshape(-1, inn)):
-        groups = _groups(rows, weight_type.group_size)
-        s, z = _minmax_scales(groups, weight_type, scale_dtype)
-        if observer == "mse":
-            s, z = _search_scales(groups, s, z, weight_type, scale_dtype)
-        q = _encode(groups, s, z, weight_type.bits).to(torch.uint8).flatten(1)[:, :inn]
-        codes.append(pack_codes(q, weight_type.bits))
-        scales.append(s.to(scale_dtype))
-        zeros.append(z.to(torch.uint8))
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).unflatten(0, (*experts, out)) if experts else torch.cat(parts)
-
-    return PackedWeight(
-        scheme,
-        (*experts, out, inn),
-        joined(codes),
-        joined(scales),
-        None if weight_type.symmetric else joined(zeros),
-    )
-
-
-def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
-    rows = max(1, CHUNK // max(1, weight.shape[1]))
-    yield from weight.split(rows) if weight.shape[0] else [weight]
 
 
 def expand_groups(values: Tensor, weight_type: WeightType, out_features: int, in_features: int) -> Tensor:
@@ -187,13 +289,11 @@ def code_values(codes: Tensor, weight_type: WeightType, in_features: int) -> Ten
     unpacked = unpack_codes(codes, weight_type.bits, in_features)
     if weight_type.number == "int":
         return unpacked.to(torch.int16)
-    if weight_type.bits == 8:
-        return unpacked.contiguous().view(torch.float8_e4m3fn).float()
-    magnitude = (unpacked & 7).float()
-    # e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6
-    exponent = torch.exp2((magnitude / 2).floor().clamp(min=1) - 1)
-    value = torch.where(magnitude < 2, magnitude / 2, (1 + (magnitude % 2) / 2) * exponent)
-    return torch.where(unpacked >= 8, -value, value)
+    return (
+        unpacked.contiguous().view(torch.float8_e4m3fn).float()
+        if weight_type.bits == 8
+        else small_floats.e2m1_values(unpacked)
+    )
 
 
 def dequantize(
@@ -204,17 +304,20 @@ def dequantize(
     scheme: Scheme,
     in_features: int,
     outer: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The weight [..., out, in] that canonical tensors stand for, in the dtype of the scales.
+    """The weight [..., out, in] that canonical tensors stand for, in ``dtype`` (default: that of the scales).
 
-    ``q - z`` is an exact small integer; it is multiplied by the scale with one rounding. Scales in 8 bits (nvfp4, mx
-    formats) are widened to float32, the result's dtype, and divided by ``outer`` first if there is one.
+    ``q - z`` is an exact small number; it is multiplied by the scale with one rounding. Scales in 8 bits (nvfp4, mx
+    formats) are widened to float32, the default dtype then, and divided by ``outer`` if there is one, in float32.
     """
     weight_type, out = scheme.weight, codes.shape[-2]
     if scales.dtype.itemsize == 1:
         scales = scales.float()
     if outer is not None:
-        scales = scales / outer[..., None].to(scales.dtype)
+        scales = scales / outer[..., None]
+    if dtype is not None:
+        scales = scales.to(dtype)
     q = code_values(codes, weight_type, in_features)
     if weight_type.number == "int":
         half = 2 ** (weight_type.bits - 1)
@@ -228,10 +331,8 @@ def dequantize(
 
 def dequantize_packed(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """The float weight [..., out, in] of a PackedWeight, in ``dtype`` (default: that of its scales)."""
-    stored, inn = packed.tensors(), packed.shape[-1]
-    weight = dequantize(
-        packed.codes, packed.scales, packed.zeros, packed.permutation, packed.scheme, inn, stored.get("outer")
-    )
+    tensors = packed.codes, packed.scales, packed.zeros, packed.permutation
+    weight = dequantize(*tensors, packed.scheme, packed.shape[-1], packed.outer)
     return weight if dtype is None else weight.to(dtype)
 
 
@@ -267,59 +368,6 @@ def _restored_rows(packed: PackedWeight) -> Iterator[tuple[slice, Tensor]]:
         zeros = None if packed.zeros is None else packed.zeros[above]
         scales, codes = packed.scales[above], packed.codes[rows]
         yield rows, dequantize(codes, scales, zeros, packed.permutation, packed.scheme, inn, packed.outer)
-
-
-# ---------------------------------------------------------------------------------------------------- activations
-
-
-def quantize_activation(x: Tensor, activation: ActivationType, params: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Quantize float activations x [..., n]: ``[codes, scale]`` or ``[codes, scale, zero]``; static: ``[codes]``.
-
-    Everything is computed in float32, with ``x ≈ (code - zero) * scale``. Codes are int8 (also of 4 bits), one per
-    element; ``top`` is 2 ** (bits - 1) - 1.
-
-    dynamic, symmetric   scale = max|row| / top, float32 [..., 1]; code = round(x / scale) in -top .. top. A row of
-                         zeros has scale 0 and codes 0. (Range and rounding of Ascend's npu_dynamic_quant.)
-    dynamic, asymmetric  of the row's range, extended to include 0: scale = (max - min) / (2 top + 1); zero = round(-top
-                         - 1 - min / scale), int32 [..., 1]; code = round(x / scale) + zero in -top - 1 .. top
-    clip                 params: [alpha]; m = alpha * max|row|; x is clamped to -m .. m and scale = m / top (the
-                         learned clip of w4a8 experts)
-    static               params: [scale] or [scale, zero]; code = round(x / scale) + zero, in -top - 1 .. top
-
-    Params broadcast against [..., 1]: one for all rows, or one per row (that of its expert).
-    """
-    if activation.number != "int":
-        raise UnsupportedError(f"quantizing activations to {activation.number} is not supported")
-    values, top = x.float(), 2 ** (activation.bits - 1) - 1
-    if not activation.dynamic:
-        scale, *zero = params
-        codes = torch.round(values / scale) + (zero[0] if zero else 0)
-        return [codes.clamp(-top - 1, top).to(torch.int8)]
-    if not activation.symmetric:
-        low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
-        scale = (high - low) / (2 * top + 1)
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        shift = torch.round(-top - 1 - low / safe).clamp(-top - 1, top)
-        codes = (torch.round(values / safe) + shift).clamp(-top - 1, top)
-        return [codes.to(torch.int8), scale, shift.to(torch.int32)]
-    largest = values.abs().amax(-1, keepdim=True)
-    if activation.clip:
-        largest = largest * params[0]
-    scale = largest / top
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return [torch.round(values / safe).clamp(-top, top).to(torch.int8), scale]
-
-
-def dequantize_activation(quantized: Sequence[Tensor], activation: ActivationType) -> Tensor:
-    """What ``[codes, scale]`` or ``[codes, scale, zero]`` stand for, exactly in float64: [..., n]."""
-    codes, scale, *zero = quantized
-    values = codes.double()
-    if zero:
-        values = values - zero[0].double()
-    if activation.group_size:
-        size = activation.group_size
-        return values * scale.double().repeat_interleave(size, dim=-1)[..., : codes.shape[-1]]
-    return values * scale.double()
 
 
 def signed_codes(codes: Tensor) -> Tensor:

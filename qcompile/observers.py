@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .numerics import dequantize_activation, dequantize_packed, quantize_activation
+from .small_floats import E4M3_MAX, nvfp4_outer
 from .types import ActivationType, PackedWeight, Scheme
 
 
@@ -47,7 +48,7 @@ def activation_needs(scheme: Scheme | None) -> Needs:
     activation = scheme.activation if scheme else None
     if activation is None:
         return Needs()
-    return Needs(ranges=not activation.dynamic, rows=CLIP_ROWS if activation.clip else 0)
+    return Needs(ranges="input_scale" in activation.params, rows=CLIP_ROWS if activation.clip else 0)
 
 
 class Statistics:
@@ -99,20 +100,24 @@ class Statistics:
 
 
 def static_parameters(low: Tensor, high: Tensor, activation: ActivationType) -> dict[str, Tensor]:
-    """``input_scale`` float32 [1] and ``input_zero`` int32 [1] of static activations seen between ``low`` and ``high``.
+    """The stored parameters of activations seen between ``low`` and ``high``: ``input_scale`` float32 [1] and, where
+    they have a zero point, ``input_zero`` int32 [1].
 
     With ``top`` = 127 for 8 bits, and a range that is extended to include 0, as Ascend's static W8A8 has it:
 
     with a zero point    scale = (high - low) / (2 top + 1), zero = round(-top - 1 - low / scale)
     symmetric integers   scale = max(-low, high) / top
     fp8                  scale = max(-low, high) / 448, the largest e4m3 number
+    nvfp4                448 * 6 / max(-low, high), by which the scales of its groups are divided
 
-    Codes are ``clamp(round(x / scale) + zero, -top - 1, top)`` and stand for ``(code - zero) * scale``.
+    Integer codes are ``clamp(round(x / scale) + zero, -top - 1, top)`` and stand for ``(code - zero) * scale``.
     """
     low, high = low.float().min().clamp(max=0), high.float().max().clamp(min=0)
     top = 2 ** (activation.bits - 1) - 1
+    if activation.number == "nvfp4":
+        return {"input_scale": nvfp4_outer(torch.maximum(-low, high)).reshape(1)}
     if activation.symmetric:
-        largest = 448.0 if activation.number == "fp8" else float(top)
+        largest = E4M3_MAX if activation.number == "fp8" else float(top)
         return {"input_scale": _positive(torch.maximum(-low, high) / largest)}
     scale = _positive((high - low) / (2 * top + 1))
     zero = torch.round(-top - 1 - low / scale).clamp(-top - 1, top)

@@ -19,8 +19,8 @@ from .gates import up_rows
 from .moe import run_experts, run_float_experts
 from .types import ActivationType, Scheme
 
-CODE_DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn}
-"""What ``quantize`` returns codes in; fp4 and mx formats give their values, in float32."""
+CODE_DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn, "mxfp8": torch.float8_e4m3fn}
+"""What ``quantize`` returns codes in; the fp4 formats give their values, in float32."""
 
 
 @functools.cache

@@ -67,9 +67,12 @@ class PackedWeight:
     zeros        uint8 [out, groups], or None for symmetric weights (zero point 2 ** (bits - 1))
     permutation  int32 [in] or None: stored column j is input feature permutation[j]; groups are of stored columns
     outer        float32 [1], by which nvfp4 divides its scales; None for every other type
-    input_scale  float32 [1]: step of static activations; the second scale of nvfp4 ones
+    input_scale  float32 [1]: step of static activations; what nvfp4 activations divide their scales by. Positive
     input_zero   int32 [1]: their zero point in the signed range, unless they are symmetric
-    alpha        float32 [1]: share of a row's maximum at which clipped activations are clamped
+    alpha        float32 [1]: share of a row's maximum at which clipped activations are clamped, above 0 and up to 1
+
+    FormatError for a tensor that is missing, or that is there without need; for shapes, dtypes and values (of outer,
+    input_scale, input_zero and alpha; where they can be read) that are not as said.
     """
 
     scheme: Scheme
@@ -110,6 +113,28 @@ class PackedWeight:
                 raise FormatError(
                     f"{name} of a {self.scheme} weight {list(self.shape)} must be {dtype} {list(shape)}, "
                     f"not {tensor.dtype} {list(tensor.shape)}"
+                )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """FormatError for a scale, zero point or clip that no calibration makes; a zero scale would divide by zero."""
+        largest = torch.finfo(torch.float32).max
+        bits = self.scheme.activation.bits if self.scheme.activation else 8
+        allowed = {
+            "outer": (0.0, largest, "positive and finite"),
+            "input_scale": (0.0, largest, "positive and finite"),
+            "input_zero": (-(2 ** (bits - 1)) - 1, 2 ** (bits - 1) - 1, f"an int{bits} code"),
+            "alpha": (0.0, 1.0, "above 0 and at most 1"),
+        }
+        for name, (above, highest, words) in allowed.items():
+            tensor = getattr(self, name)
+            if tensor is None or tensor.is_meta:
+                continue
+            wrong = ~((tensor > above) & (tensor <= highest))
+            if wrong.any():
+                raise FormatError(
+                    f"{name} of a {self.scheme} weight {list(self.shape)} must be {words}, "
+                    f"not {tensor[wrong][0].item()}"
                 )
 
     def tensors(self) -> dict[str, Tensor]:

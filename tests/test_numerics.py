@@ -1,4 +1,4 @@
-"""Packing, scales, rounding and activations, against definitions written in plain Python."""
+"""Packing, scales and rounding of weights, against definitions written in plain Python."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile import numerics
-from qcompile.types import ActivationType, Scheme
+from qcompile.errors import UnsupportedError
+from qcompile.types import Scheme
 
 BITS = range(2, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,6 +153,27 @@ def test_the_extreme_of_a_symmetric_group_is_exact(bits, dtype):
     assert (codes_of(packed).unflatten(1, (-1, 16)).gather(-1, extreme) == 0).all()
 
 
+@given(weights(), st.sampled_from(BITS), st.sampled_from((None, 16)), st.sampled_from(("minmax", "mse")))
+def test_narrow_codes_are_symmetric_around_zero(weight, bits, group, observer):
+    packed = numerics.quantize_weight(weight, scheme(bits, group), observer=observer, codes="narrow")
+    half = 2 ** (bits - 1)
+    codes = codes_of(packed).int() - half
+    assert codes.abs().max() <= half - 1
+    assert (packed.scales > 0).all()
+    mirrored = numerics.quantize_weight(-weight, scheme(bits, group), observer=observer, codes="narrow")
+    assert torch.equal(codes_of(mirrored).int() - half, -codes)
+    if observer == "minmax" and weight.dtype == torch.float32 and (weight != 0).any():
+        assert codes.abs().max() == half - 1
+        error = (numerics.dequantize_packed(packed) - weight).abs()
+        assert (error <= row_scales(packed) * 0.50005).all()
+
+
+def test_codes_without_a_sign_cannot_be_narrow():
+    for name in ("w4a16_asym", "wfp8a16"):
+        with pytest.raises(UnsupportedError, match="narrow codes are those of symmetric integers"):
+            numerics.quantize_weight(torch.randn(2, 8), Scheme.parse(name), codes="narrow")
+
+
 @pytest.mark.parametrize("asym", [False, True])
 def test_a_row_of_zeros_is_exact(asym):
     packed = numerics.quantize_weight(torch.zeros(2, 40), scheme(4, 16, asym))
@@ -272,42 +294,6 @@ def test_signal_to_noise_counts_what_was_lost():
     assert all(5 < more - less < 7.5 for less, more in itertools.pairwise(ratios[1:]))  # 6 dB per bit
     half = numerics.quantize_weight(weight / 2, scheme(8))
     assert numerics.signal_to_noise(weight, half) == pytest.approx(20 * math.log10(2), abs=0.01)
-
-
-# ----------------------------------------------------------------------------------------------------- activations
-
-
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=30), st.sampled_from(DTYPES))
-def test_a_token_is_quantized_as_defined(values, dtype):
-    x = torch.tensor([values]).to(dtype).nan_to_num(posinf=60000.0, neginf=-60000.0)
-    codes, scale = numerics.quantize_activation(x, ActivationType(8))
-    assert codes.dtype == torch.int8
-    assert scale.dtype == torch.float32
-    assert scale.item() == (x.float().abs().max() / 127).item()
-    assert codes.abs().max() <= 127
-    if scale.item() == 0:
-        assert (codes == 0).all()
-    elif scale.item() > torch.finfo(torch.float32).smallest_normal:
-        assert ((codes * scale - x.float()).abs() <= scale * 0.5001).all()
-        assert codes.flatten()[x.abs().argmax()].abs() == 127
-
-
-def test_activations_round_half_to_even():
-    codes, scale = numerics.quantize_activation(
-        torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0]]), ActivationType(8)
-    )
-    assert scale.item() == 1
-    assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -127]]
-
-
-def test_every_token_has_its_own_scale():
-    x = torch.randn(2, 3, 16) * torch.tensor([0.0, 1e-3, 1e4])[:, None]
-    codes, scale = numerics.quantize_activation(x, ActivationType(8))
-    assert scale.shape == (2, 3, 1)
-    assert torch.equal(scale[..., 0], x.abs().amax(-1) / 127)
-    assert (codes[:, 0] == 0).all()
-    assert (scale[:, 0] == 0).all()
-    assert (codes[:, 1:].abs().amax(-1) == 127).all()
 
 
 def test_signed_codes_multiply_like_the_weight():

@@ -1,5 +1,8 @@
 """The nouns: scheme names, shapes of packed weights, plans as containers."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -142,6 +145,73 @@ def test_a_symmetric_weight_has_no_zero_points():
     symmetric = packed("w4a16_g32")
     with pytest.raises(FormatError, match="a w4a16_g32 weight has no zeros"):
         PackedWeight(symmetric.scheme, symmetric.shape, symmetric.codes, symmetric.scales, packed().zeros)
+
+
+def for_activations(name: str, experts: int = 0, **params: object) -> PackedWeight:
+    """A weight with stored parameters of activations: numbers, or lists of one per expert."""
+    scheme = Scheme.parse(name)
+    lead = (experts,) if experts else ()
+    plain = numerics.quantize_weight(torch.randn(*lead, 3, 32), Scheme(scheme.weight))
+    dtypes = {"input_zero": torch.int32}
+    tensors = {key: torch.tensor(value, dtype=dtypes.get(key, torch.float32)) for key, value in params.items()}
+    return dataclasses.replace(plain, scheme=scheme, **tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("w8a8_static", {"input_scale": [0.1], "input_zero": [-128]}),
+        ("w8a8_static", {"input_scale": [3e38], "input_zero": [127]}),
+        ("w8a8_static_sym", {"input_scale": [1e-30]}),
+        ("w4a8_clip", {"alpha": [1.0]}),
+        ("w4a8_clip", {"alpha": [1e-3, 0.5, 1.0], "experts": 3}),
+        ("wfp8afp8_tensor_static", {"input_scale": [0.1]}),
+        ("wnvfp4anvfp4", {"input_scale": [100.0]}),
+    ],
+)
+def test_what_calibration_finds_is_taken(name, params):
+    packed = for_activations(name, **params)
+    experts = params.pop("experts", 0)
+    assert {key: tensor.tolist() for key, tensor in packed.activation_tensors().items()} == {
+        key: torch.tensor(value).tolist() for key, value in params.items()
+    }
+    if experts:
+        assert packed.expert(1).alpha.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("w8a8_static", {"input_scale": [0.0], "input_zero": [0]}, "must be positive and finite, not 0.0"),
+        ("w8a8_static_sym", {"input_scale": [-0.1]}, r"input_scale of a w8a8_static_sym weight .* not -0\.1"),
+        ("w8a8_static_sym", {"input_scale": [math.nan]}, "positive and finite, not nan"),
+        ("wfp8afp8_static", {"input_scale": [math.inf]}, "positive and finite, not inf"),
+        ("wnvfp4anvfp4", {"input_scale": [0.0]}, "positive and finite, not 0.0"),
+        ("wnvfp4a16", {"outer": [-1.0]}, "outer .* must be positive and finite, not -1.0"),
+        ("w8a8_static", {"input_scale": [0.1], "input_zero": [128]}, "input_zero .* must be an int8 code, not 128"),
+        ("w8a8_static", {"input_scale": [0.1], "input_zero": [-129]}, "must be an int8 code, not -129"),
+        ("w8a8_static", {"input_scale": [0.1]}, "a w8a8_static weight needs input_zero"),
+        ("w8a8_static", {}, "a w8a8_static weight needs input_scale"),
+        ("w8a8_static_sym", {"input_scale": [0.1], "input_zero": [0]}, "a w8a8_static_sym weight has no input_zero"),
+        ("w8a8", {"input_scale": [0.1]}, "a w8a8 weight has no input_scale"),
+        ("w8a8_static_sym", {"input_scale": 0.1}, r"must be float32 \[1\], not torch.float32 \[\]"),
+        ("w4a8_clip", {}, "a w4a8_clip weight needs alpha"),
+        ("w4a8_clip", {"alpha": [0.0]}, "alpha .* must be above 0 and at most 1, not 0.0"),
+        ("w4a8_clip", {"alpha": [-0.5]}, "above 0 and at most 1, not -0.5"),
+        ("w4a8_clip", {"alpha": [math.nan]}, "above 0 and at most 1, not nan"),
+        ("w4a8_clip", {"alpha": [0.5, 0.5]}, r"alpha .* must be float32 \[1\], not torch.float32 \[2\]"),
+        ("w4a8_clip", {"alpha": [0.5], "experts": 2}, r"alpha .* must be float32 \[2\], not torch.float32 \[1\]"),
+        ("w4a8_clip", {"alpha": [0.5, 1.0, 1.25], "experts": 3}, "above 0 and at most 1, not 1.25"),
+    ],
+)
+def test_what_no_calibration_finds_is_refused(name, params, message):
+    with pytest.raises(FormatError, match=message):
+        for_activations(name, **params)
+
+
+def test_values_that_are_not_there_yet_are_not_checked():
+    packed = for_activations("w4a8_clip", alpha=[0.5])
+    assert dataclasses.replace(packed, alpha=torch.zeros(1, device="meta")).alpha.is_meta
 
 
 def test_a_packed_weight_counts_its_bytes_and_names_its_tensors():
