@@ -40,7 +40,7 @@ def plan(
     """
     _check_model(model)
     settings = as_config(config)
-    find_backend(device)
+    find_backend(device, to_run=False)
     sites, _ = _find_sites(model, settings, example_inputs)
     return make_plan(settings, sites, device, _other_bytes(model, sites))
 

@@ -33,13 +33,13 @@ def find_backend(device: str | torch.device, *, to_run: bool = True) -> Backend:
 
 
 def make_plan(config: QuantConfig, sites: Iterable[Site], device: str, other_bytes: int = 0) -> Plan:
-    """Decide scheme, method and kernel of every site.
+    """Decide scheme, method and kernel of every site; the device need not be there.
 
     Raises ConfigError for a rule that matches nothing, when nothing would be quantized, or for a coverage below
     ``config.minimum_coverage``; UnsupportedError when a site that a rule names cannot be quantized as asked.
     """
     sites = tuple(sites)
-    backend = find_backend(device)
+    backend = find_backend(device, to_run=False)
     _no_idle_rules(config, sites)
     plan = Plan(str(device), tuple(_plan_site(config, site, backend) for site in sites), other_bytes)
     if not plan.quantized:
@@ -64,7 +64,7 @@ def override(plan: Plan, pattern: str, scheme: str | None, method: str, options:
     config = QuantConfig(rules=(asked,))
     (rule,) = config.rules
     _no_idle_rules(config, [p.site for p in plan])
-    backend = find_backend(plan.device)
+    backend = find_backend(plan.device, to_run=False)
     sites = tuple(_plan_site(config, p.site, backend) if rule.matches(p.site) else p for p in plan)
     return dataclasses.replace(plan, sites=sites)
 
