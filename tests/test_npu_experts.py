@@ -1,0 +1,223 @@
+"""Experts on Ascend's operations: routing, grouped products and gated activations, against the definition."""
+
+import dataclasses
+
+import npu_goldens
+import pytest
+import torch
+from npu_cases import EXPERTS, HALF, equal_weights, experts_site, packed_weight, size
+from npu_library import define
+
+from qcompile import gates, moe, numerics, ops
+from qcompile.backends.npu import BACKEND
+from qcompile.backends.npu.grouping import Counts, Ends, send
+from qcompile.kernels import Kernel, choose
+from qcompile.types import Scheme
+
+define()
+
+HIDDEN, INTER, COUNT, K = 256, 64, 6, 2
+LIMIT = {torch.bfloat16: 1.6e-2, torch.float16: 5e-3}  # of the error's norm: int8 codes of either side of a tie differ
+SCHEMES = [scheme for schemes in EXPERTS.values() for scheme in schemes]
+GATES = ("silu", "gelu_tanh", "relu2:ungated", "silu:alpha=1.702:limit=7.0:shift=1.0")
+
+
+class Layer:
+    """The packed experts of one layer, prepared by the kernels that are chosen for them."""
+
+    def __init__(self, scheme, dtype=torch.bfloat16, activation="silu", experts=COUNT, permuted=False, inter=256):
+        self.scheme, self.dtype, self.activation = Scheme.parse(scheme), dtype, activation
+        self.sizes = [experts, HIDDEN, inter]
+        shapes = (experts, gates.up_rows(activation, inter), HIDDEN), (experts, HIDDEN, inter)
+        self.packed = [packed_weight(shape, self.scheme, dtype, permuted) for shape in shapes]
+        self.kernels = [choose(BACKEND, experts_site(*shape, dtype), self.scheme)[0] for shape in shapes]
+        self.biases = [torch.randn(shape[:2]).to(dtype) * 0.1 for shape in shapes]
+
+    def run(self, x, ids, routing, *, definition=False, biases=True):
+        kind = self.scheme.activation
+        is_early = kind is not None and kind.dynamic and not kind.clip
+        parts = numerics.quantize_activation(x, kind) if is_early else [x]
+        kernels = [Kernel()] * 2 if definition else self.kernels
+        (up, down), (up_bias, down_bias) = self.packed, self.biases if biases else (None, None)
+        names = [f"{'cpu' if definition else 'npu'}.{kernel.name}" for kernel in kernels]
+        operation = BACKEND.operations["quant_experts"]
+        is_plain = definition or operation.refuses(parts, ids)
+        return (ops.compute_experts if is_plain else operation.compute)(
+            parts, ids, routing,
+            kernels[0].prepare(up), up_bias, list(up.activation_tensors().values()),
+            kernels[1].prepare(down), down_bias, list(down.activation_tensors().values()),
+            f"{self.scheme}|{self.scheme}", "|".join(names), self.activation, self.sizes, self.dtype,
+        )  # fmt: skip
+
+
+def routed(tokens=9, experts=COUNT, k=K, idle=()):
+    allowed = torch.tensor([e for e in range(experts) if e not in idle])
+    ids = torch.stack([allowed[torch.randperm(len(allowed))[:k]] for _ in range(tokens)])
+    return ids, torch.rand(tokens, k)
+
+
+def assert_as_defined(layer, ids, routing, limit=None, **kwargs):
+    x = torch.randn(ids.shape[0], HIDDEN).to(layer.dtype)
+    actual = layer.run(x, ids, routing, **kwargs)
+    expected = layer.run(x, ids, routing, definition=True, **kwargs)
+    assert actual.dtype == layer.dtype
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    four_bits = layer.scheme.activation is not None and layer.scheme.activation.bits == 4
+    assert error.item() <= (limit or LIMIT[layer.dtype]) * (8 if four_bits else 1)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_scheme_is_computed_as_defined(scheme, dtype):
+    layer = Layer(scheme, dtype)
+    assert_as_defined(layer, *routed())
+    assert_as_defined(layer, *routed(idle=(0, 3, 5)), biases=False)
+    assert_as_defined(layer, *routed(tokens=1, k=1))
+
+
+@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("scheme", ["w4a16_g64_asym", "w8a8", "w8a8_static", "w4a8_clip", "w4a4"])
+def test_each_activation_is_computed_as_defined(scheme, activation):
+    assert_as_defined(Layer(scheme, activation=activation), *routed())
+
+
+@pytest.mark.parametrize(("kernel", "schemes"), EXPERTS.items())
+def test_kernels_are_chosen_and_restore_what_they_prepared(kernel, schemes):
+    for name in schemes:
+        for dtype in HALF:
+            scheme, shape = Scheme.parse(name), (3, 64, 256)
+            chosen, why = choose(BACKEND, experts_site(*shape, dtype), scheme)
+            assert chosen is BACKEND.kernel(kernel), why
+            packed = packed_weight(shape, scheme, dtype)
+            tensors = chosen.prepare(packed)
+            assert chosen.nbytes(experts_site(*shape, dtype), scheme) == size(tensors)
+            assert equal_weights(chosen.restore(tensors, scheme, shape, packed.activation_tensors()), packed)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g64_asym", "w4a16_g32", "w8a8", "w8a8_static", "w4a8", "w4a4"])
+def test_each_expert_may_store_its_columns_in_an_order_of_its_own(scheme):
+    layer = Layer(scheme, permuted=True)
+    assert_as_defined(layer, *routed())
+    for kernel, packed in zip(layer.kernels, layer.packed, strict=True):
+        tensors = kernel.prepare(packed)
+        restored = kernel.restore(tensors, layer.scheme, packed.shape, packed.activation_tensors())
+        assert equal_weights(restored, packed)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g64", "w8a8", "w4a8", "w4a4"])
+def test_a_single_expert_is_passed_as_ends(scheme):
+    """A list of counts must not have length 1; the golden refuses it."""
+    assert_as_defined(Layer(scheme, experts=1), torch.zeros(5, 1, dtype=torch.int64), torch.rand(5, 1))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_grouped_linear_takes_ends_like_every_other_backend(scheme):
+    parsed, shape = Scheme.parse(scheme), (4, 64, 256)
+    packed = packed_weight(shape, parsed)
+    kernel, _ = choose(BACKEND, experts_site(*shape), parsed)
+    x, ends = torch.randn(9, 256).bfloat16(), torch.tensor([2, 2, 7, 9], dtype=torch.int32)
+    rows, kind = [x], parsed.activation
+    if kind is not None:
+        owner = torch.searchsorted(ends, torch.arange(9), right=True)
+        own = [param[owner][:, None] for param in packed.activation_tensors().values()]
+        parts = numerics.quantize_activation(x, kind, own)
+        rows = parts if kind.dynamic else [*parts, *own]
+    actual = kernel.grouped_linear(rows, ends, kernel.prepare(packed), parsed, 64, torch.bfloat16)
+    rows = rows if kind is None or kind.dynamic else [rows[0], *own]
+    expected = Kernel().grouped_linear(rows, ends, Kernel().prepare(packed), parsed, 64, torch.bfloat16)
+    assert ((actual.double() - expected.double()).norm() / expected.double().norm()).item() < 6e-3
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_float_experts_in_every_layout(transposed, interleaved):
+    up, down = torch.randn(COUNT, 2 * INTER, HIDDEN) * 0.1, torch.randn(COUNT, HIDDEN, INTER) * 0.1
+    if transposed:
+        up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    weights = [t.bfloat16() for t in (up, torch.randn(COUNT, 2 * INTER), down, torch.randn(COUNT, HIDDEN))]
+    ids, routing = routed()
+    x = torch.randn(ids.shape[0], HIDDEN).bfloat16()
+    arguments = (x, ids, routing, *weights, "silu", transposed, interleaved)
+    actual = BACKEND.operations["experts"].compute(*arguments)
+    expected = moe.run_float_experts(*arguments)
+    assert ((actual.double() - expected.double()).norm() / expected.double().norm()).item() < 1e-2
+
+
+def test_clips_are_those_of_each_row_s_own_expert():
+    layer = Layer("w4a8_clip")
+    low = dataclasses.replace(layer.packed[1], alpha=torch.full((COUNT,), 0.2))
+    ids, routing = routed()
+    x = torch.randn(ids.shape[0], HIDDEN).bfloat16()
+    before = layer.run(x, ids, routing)
+    layer.packed[1] = low
+    assert (layer.run(x, ids, routing) - before).norm() > 0.05 * before.norm()
+    assert_as_defined(layer, ids, routing)
+
+
+# ----------------------------------------------------------------------------------------------------- conventions
+
+
+def test_routing_of_a_worked_example():
+    ids = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])
+    x = torch.arange(4.0)[:, None].expand(4, 16).contiguous().bfloat16()
+    (rows,), groups, places = send([x], ids, 3)
+    assert places.place.tolist() == [5, 0, 2, 6, 1, 3, 7, 4]
+    assert groups == Counts(groups.values)
+    assert groups.values.tolist() == [2, 3, 3]
+    assert rows[:, 0].tolist() == [0, 2, 1, 2, 3, 0, 1, 3]
+    assert torch.equal(places.combine(rows, torch.full((4, 2), 0.5)), x)
+
+
+def test_codes_words_and_scales_are_routed_together():
+    ids, _ = routed()
+    codes = torch.randint(-8, 8, (ids.shape[0], 16), dtype=torch.int8)
+    scale = torch.rand(ids.shape[0], 1)
+    (rows, own), _, places = send([codes, scale], ids, COUNT)
+    (words, same), *_ = send([npu_goldens.pack_int4(codes), scale], ids, COUNT)
+    assert torch.equal(npu_goldens.unpack_int4(words), rows)
+    assert torch.equal(own, same)
+    token = torch.empty(rows.shape[0], dtype=torch.int64)
+    token[places.place.long()] = torch.arange(ids.numel()) // K
+    assert torch.equal(rows, codes[token])
+    assert torch.equal(own, scale[token])
+
+
+def test_places_are_not_column_major():
+    """What npu_moe_finalize_routing reads in its default mode; mixing both silently swaps tokens."""
+    ids, routing = routed(tokens=4)
+    x = torch.randn(4, 16).bfloat16()
+    (rows,), _, places = send([x], ids, COUNT)
+    by_columns = dataclasses.replace(places, place=places.place.view(K, 4).t().reshape(-1))
+    assert not torch.equal(by_columns.combine(rows, routing), places.combine(rows, routing))
+
+
+def test_ends_and_counts_are_each_other_s_inverse():
+    counts = Counts(torch.tensor([2, 0, 3, 1]))
+    assert counts.ends().values.tolist() == [2, 2, 5, 6]
+    assert counts.ends().counts().values.tolist() == counts.values.tolist()
+    assert counts.counts() is counts
+    ends = Ends(torch.tensor([4, 4]))
+    assert ends.ends() is ends
+    assert ends.counts().values.tolist() == [4, 0]
+
+
+def test_ends_given_for_counts_are_garbage_in_the_operation_that_does_not_look():
+    """So the kernel converts them; the golden computes the garbage that the device would."""
+    scheme = Scheme.parse("w4a8")
+    packed = packed_weight((3, 64, 256), scheme)
+    kernel = BACKEND.kernel("int8_int4_nz")
+    words, _, containers, bias = kernel.prepare(packed)
+    codes, scale = numerics.quantize_activation(torch.randn(6, 256).bfloat16(), scheme.activation)
+
+    def product(group_list):
+        return npu_goldens.npu_grouped_matmul(
+            [codes.clone()], [words], scale=[containers], bias=[bias], per_token_scale=[scale.flatten()],
+            group_list=group_list, split_item=2, group_type=0, group_list_type=1, output_dtype=15,
+        )[0]  # fmt: skip
+
+    ends = Ends(torch.tensor([1, 3, 6]))
+    wrong, right = product(ends.values), product(ends.counts().values)
+    assert not torch.equal(wrong, right)
+    computed = kernel.grouped([codes.clone(), scale], ends, [words, _, containers, bias], scheme, torch.bfloat16)
+    assert torch.equal(computed, right)
