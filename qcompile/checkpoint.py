@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from . import plugins, skeleton
-from .errors import ConfigError, FormatError, UnsupportedError
+from .errors import ConfigError, FormatError, UnsupportedError, shortened
 from .formats import Format, StoredSite
 from .kernels import Backend, choose
 from .modules import QuantWeight, module_of, quantized_modules, replace_module, set_state
 from .planning import find_backend
 from .progress import progress_bar
-from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, read_json, shortened, write_json
+from .storage import CONFIG, DTYPES, PLAIN_CONFIG, Folder, ShardWriter, new_folder, read_json, write_json
 from .trace import walk
 from .types import PackedWeight, Plan, PlannedSite, Report, Scheme, Site, SiteResult, State
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, FormatError, UnsupportedError
+from .errors import ConfigError, FormatError, UnsupportedError, shortened
 from .modules import QuantWeight
-from .storage import CONFIG, shortened, write_json
+from .storage import CONFIG, write_json
 
 _GENERATION = "generation_config.json"
 _COMPANIONS = (

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, FormatError, UnsupportedError
+from .errors import ConfigError, FormatError, UnsupportedError, shortened
 from .formats import TensorHeader
 
 DTYPES = {
@@ -107,12 +107,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-def shortened(names: Any, limit: int = 8) -> str:
-    """Sorted names for a message, the rest of a long list as a count."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
 def _tensor_files(path: Path) -> dict[str, set[str] | None]:

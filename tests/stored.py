@@ -26,13 +26,26 @@ def golden(case: str) -> Path:
 
 
 def random_packed(
-    scheme: Scheme, out: int, inn: int, *, permuted: bool = False, smallest_zero: int = 0, dtype=torch.float16
+    scheme: Scheme | str,
+    out: int,
+    inn: int,
+    *,
+    permuted: bool = False,
+    smallest_zero: int = 0,
+    dtype: torch.dtype = torch.float16,
 ) -> PackedWeight:
     """Any canonical weight: all codes, negative and zero scales, all zero points from ``smallest_zero``."""
-    weight = scheme.weight
+    scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    weight, activation = scheme.weight, scheme.activation
     codes = torch.randint(0, 2**weight.bits, (out, inn)).to(torch.uint8)
-    scales = torch.randn(out, weight.groups(inn)).to(dtype)
-    scales[0] = 0
+    if weight.number in ("fp8", "mxfp8"):
+        codes = torch.where(codes & 0x7F == 0x7F, torch.zeros_like(codes), codes)  # the NaN of e4m3
+    shape = (weight.scale_rows(out), weight.groups(inn))
+    if weight.number in ("mxfp4", "mxfp8"):
+        scales = torch.randint(100, 150, shape).to(torch.uint8).view(torch.float8_e8m0fnu)
+    else:
+        scales = torch.randn(shape).to(torch.float8_e4m3fn if weight.number == "nvfp4" else dtype)
+        scales[0] = 0
     zeros = None
     if not weight.symmetric:
         zeros = torch.randint(smallest_zero, 2**weight.bits, scales.shape).to(torch.uint8)
@@ -40,7 +53,21 @@ def random_packed(
     if permuted:
         groups = torch.arange(inn) // (weight.group_size or inn)
         permutation = torch.argsort(groups[torch.randperm(inn)], stable=True).to(torch.int32)
-    return PackedWeight(scheme, (out, inn), numerics.pack_codes(codes, weight.bits), scales, zeros, permutation)
+    params = {
+        "input_scale": torch.rand(1) + 0.01,
+        "input_zero": torch.randint(-128, 128, (1,)).to(torch.int32),
+        "alpha": torch.rand(1),
+    }
+    return PackedWeight(
+        scheme,
+        (out, inn),
+        numerics.pack_codes(codes, weight.bits),
+        scales,
+        zeros,
+        permutation,
+        outer=torch.rand(1) * 1000 + 1 if weight.number == "nvfp4" else None,
+        **{name: params[name] for name in (activation.params if activation else ())},
+    )
 
 
 def described(
@@ -72,9 +99,16 @@ def round_trip(format: Format, packed: PackedWeight) -> PackedWeight:
 def assert_same(actual: PackedWeight, expected: PackedWeight) -> None:
     """Every tensor is equal, bit for bit."""
     assert actual.scheme == expected.scheme
-    assert actual.tensors().keys() == expected.tensors().keys()
-    for name, tensor in expected.tensors().items():
-        assert torch.equal(tensor, actual.tensors()[name]), name
+    stored, wanted = (each.tensors() | each.activation_tensors() for each in (actual, expected))
+    assert stored.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert stored[name].dtype == tensor.dtype
+        assert torch.equal(bits_of(tensor), bits_of(stored[name])), name
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor, so that any two can be compared."""
+    return tensor.contiguous().view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def change(folder: Path, edit) -> None:

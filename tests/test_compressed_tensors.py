@@ -1,48 +1,21 @@
 """The format compressed-tensors: against its own package, against files that llm-compressor wrote, and malformed."""
 
-import json
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
-from helpers import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import assert_same, random_packed
 
-import qcompile
 from qcompile import numerics
 from qcompile.errors import FormatError, UnsupportedError
 from qcompile.formats import StoredSite, TensorHeader
 from qcompile.formats.compressed_tensors import FORMAT
-from qcompile.modules import quantized_modules
 from qcompile.storage import DTYPES
 from qcompile.types import PackedWeight, Scheme, WeightType
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def golden(case: str) -> Path:
-    """The folder of a checkpoint that another tool wrote."""
-    if not (GOLDEN / case).is_dir():
-        pytest.skip(f"the golden checkpoint {case} is not on this machine (looked in {GOLDEN})")
-    return GOLDEN / case
-
-
-def random_packed(
-    scheme: Scheme, out: int, inn: int, *, permuted: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> PackedWeight:
-    """Any canonical weight: all codes, negative and zero scales, all zero points."""
-    weight = scheme.weight
-    codes = torch.randint(0, 2**weight.bits, (out, inn)).to(torch.uint8)
-    scales = torch.randn(out, weight.groups(inn)).to(dtype)
-    scales[0] = 0
-    zeros = None if weight.symmetric else torch.randint(0, 2**weight.bits, scales.shape).to(torch.uint8)
-    permutation = None
-    if permuted:
-        groups = torch.arange(inn) // (weight.group_size or inn)
-        permutation = torch.argsort(groups[torch.randperm(inn)], stable=True).to(torch.int32)
-    return PackedWeight(scheme, (out, inn), numerics.pack_codes(codes, weight.bits), scales, zeros, permutation)
 
 
 def stored(name: str, packed: PackedWeight, tensors=None, section=None):
@@ -69,10 +42,22 @@ BITS = st.integers(2, 8)
 @given(BITS, st.booleans(), st.sampled_from([None, 1, 4, 16, 32, 128]), SIZES, SIZES)
 def test_what_is_written_is_read(bits, symmetric, group, out, inn):
     packed = random_packed(Scheme(WeightType(bits, symmetric, group)), out, inn)
-    again = round_trip(packed)
-    assert again.scheme == packed.scheme
-    for name, tensor in packed.tensors().items():
-        assert torch.equal(tensor, again.tensors()[name]), name
+    assert_same(round_trip(packed), packed)
+
+
+SCHEMES = [
+    "w8a8", "w8a8_static", "w8a8_static_sym", "w8a8_dynamic_asym", "w8a8_asym", "w4a8", "w4a8_g16", "w4a8_g16_asym",
+    "w4a8_clip", "w4a4", "w3a8_static", "wfp8a16", "wfp8a16_tensor", "wfp8a16_g32", "wfp8a16_b16x32", "wfp8afp8",
+    "wfp8afp8_tensor_static", "wfp8afp8_static", "wfp8afp8_b8x16", "wnvfp4a16", "wnvfp4anvfp4", "wmxfp4a16",
+    "wmxfp4amxfp4", "wmxfp8a16", "wmxfp8amxfp8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_read_as_it_was_written(scheme, dtype):
+    packed = random_packed(scheme, 40, 96, dtype=dtype)
+    assert_same(round_trip(packed), packed)
 
 
 @given(BITS, st.booleans(), st.sampled_from([None, 4, 16]), SIZES, SIZES)
@@ -84,12 +69,22 @@ def test_a_permuted_weight_keeps_its_values(bits, symmetric, group, out, inn):
 
 
 def test_int8_activations_are_stored_as_int8():
-    packed = random_packed(Scheme.parse("w8a8"), 24, 40, dtype=torch.float32)
+    packed = random_packed("w8a8_static", 24, 40, dtype=torch.float32)
     tensors = FORMAT.write("m", packed)
-    assert {n: t.dtype for n, t in tensors.items()} == {"m.weight": torch.int8, "m.weight_scale": torch.float32}
-    again = round_trip(packed)
-    assert again.scheme == packed.scheme
-    assert torch.equal(again.codes, packed.codes)
+    kinds = {name.removeprefix("m."): (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert kinds == {
+        "weight": (torch.int8, (24, 40)),
+        "weight_scale": (torch.float32, (24, 1)),
+        "input_scale": (torch.float32, (1,)),
+        "input_zero_point": (torch.int8, (1,)),
+    }
+
+
+def test_an_input_scale_keeps_the_dtype_of_the_scales_where_that_loses_nothing():
+    packed = random_packed("w8a8_static_sym", 8, 16, dtype=torch.bfloat16)
+    assert FORMAT.write("m", packed)["m.input_scale"].dtype == torch.float32
+    exact = dataclasses.replace(packed, input_scale=torch.tensor([0.5]))
+    assert FORMAT.write("m", exact)["m.input_scale"].dtype == torch.bfloat16
 
 
 @given(BITS, SIZES, SIZES)
@@ -104,18 +99,35 @@ def test_words_are_those_of_the_package(bits, out, inn):
     assert torch.equal(tensors["m.weight_zero_point"], pack_to_int32(zeros.to(torch.int8), bits, packed_dim=0))
 
 
-@given(BITS, st.booleans(), st.sampled_from([None, 16]), SIZES)
-def test_the_package_decompresses_what_is_written(bits, symmetric, group, out):
-    from compressed_tensors.compressors import PackedQuantizationCompressor
+def package_weight(scheme: Scheme, tensors: dict[str, torch.Tensor], section: dict) -> torch.Tensor:
+    """What the package's own decompression makes of the tensors of "m"."""
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
+    group = section["config_groups"]["group_0"]
+    described = QuantizationScheme.model_validate({k: v for k, v in group.items() if k != "activation_use_clip"})
+    state = {name.removeprefix("m."): tensor for name, tensor in tensors.items()}
+    return BaseCompressor.get_value_from_registry(group["format"]).decompress(state, described)["weight"]
+
+
+def section_of(packed: PackedWeight, tensors: dict[str, torch.Tensor]) -> dict:
+    return FORMAT.quantization_config([StoredSite("m", packed.scheme, packed.shape, tuple(tensors))], [])
+
+
+@given(BITS, st.booleans(), st.sampled_from([None, 16]), SIZES)
+def test_the_package_decompresses_integers_as_they_are_written(bits, symmetric, group, out):
     packed = random_packed(Scheme(WeightType(bits, symmetric, group)), out, 48)
     tensors = FORMAT.write("m", packed)
-    section = FORMAT.quantization_config([StoredSite("m", packed.scheme, packed.shape, tuple(tensors))], [])
-    scheme = QuantizationScheme.model_validate(section["config_groups"]["group_0"])
-    state = {name.removeprefix("m."): tensor for name, tensor in tensors.items()}
-    weight = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    weight = package_weight(packed.scheme, tensors, section_of(packed, tensors))
     assert torch.equal(weight, numerics.dequantize_packed(packed))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_package_decompresses_every_scheme_as_it_is_written(scheme):
+    packed = random_packed(scheme, 32, 96, dtype=torch.bfloat16)
+    tensors = FORMAT.write("m", packed)
+    weight = package_weight(packed.scheme, tensors, section_of(packed, tensors))
+    assert torch.equal(weight, numerics.dequantize_packed(packed, weight.dtype))
 
 
 @pytest.mark.parametrize("inn", [96, 12])  # 12 codes take as many words in both layouts: the version decides
@@ -173,6 +185,7 @@ def section_for(weights: dict, inputs: dict | None = None, targets=("Linear",), 
     }
 
 
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
 G32 = {"num_bits": 4, "strategy": "group", "group_size": 32}
 TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 
@@ -180,13 +193,17 @@ TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        (section_for({"num_bits": 8, "type": "float", "strategy": "channel"}), "m: weights are 8-bit float"),
-        (section_for({"num_bits": 4, "type": "float", "strategy": "tensor_group"}), "m: weights are 4-bit float"),
-        (section_for({"num_bits": 8, "strategy": "block"}), "m: weights are quantized per block"),
-        (section_for(G32, TOKEN), "m: qcompile has no such scheme yet: int8 activations go with"),
-        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"dynamic": False}), "m: it has static 8-bit"),
-        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"type": "float"}), "8-bit float activations"),
-        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"symmetric": False}), "not symmetric per token"),
+        (section_for(FP8), "m: layout 'pack-quantized' of compressed-tensors is not read for wfp8a16"),
+        (section_for(FP8 | {"num_bits": 6, "strategy": "group", "group_size": 32}), "m: weights are 6-bit float in"),
+        (section_for(FP8 | {"strategy": "block", "block_structure": [8, 16]}, TOKEN | {"type": "float"}), "has blocks"),
+        (section_for({"num_bits": 8, "strategy": "block"}), "m: weights are 8-bit int, quantized per block"),
+        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"dynamic": False}), "m: it has static 8-bit int"),
+        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"strategy": "tensor"}), "dynamic .* per tensor"),
+        (section_for({"num_bits": 8, "strategy": "channel"}, TOKEN | {"type": "float"}), "fp8 activations go with fp8"),
+        (
+            section_for({"num_bits": 4, "strategy": "channel"}, TOKEN | {"num_bits": 6}),
+            "activation bits must be 4 or 8",
+        ),
         (section_for({"num_bits": 16, "strategy": "channel"}), "weight bits must be 2 to 8"),
         (section_for({"num_bits": 8, "symmetric": False, "strategy": "tensor"}), "asymmetric with one scale"),
         (section_for(G32, format="marlin-24"), "m: layout 'marlin-24'"),
@@ -206,7 +223,7 @@ def test_what_is_not_supported_says_so(section, says):
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        (section_for(G32 | {"group_size": 64}), r"weight_scale is BF16 \[16, 2\], but must be .* \[16, 1\]"),
+        (section_for(G32 | {"group_size": 64}), r"weight_scale is F16 \[16, 2\], but must be .* \[16, 1\]"),
         (section_for(G32 | {"num_bits": 8}), r"weight_packed is I32 \[16, 8\], but must be I32 \[16, 16\]"),
         (section_for(G32 | {"symmetric": False}), r"m\.weight_zero_point is missing"),
         (section_for(G32 | {"actorder": "group"}), r"m\.weight_g_idx is missing"),
@@ -216,6 +233,9 @@ def test_what_is_not_supported_says_so(section, says):
         (section_for(G32, targets=["re:("]), "not a regular expression"),
         (section_for(G32 | {"group_size": "x", "strategy": None}), "group_size 'x'"),
         (section_for(G32 | {"group_size": 0}), "group_size 0"),
+        (section_for(G32 | {"num_bits": "4"}), "num_bits '4'"),
+        (section_for(FP8 | {"strategy": "block", "block_structure": [8]}), r"block_structure \[8\]"),
+        (section_for(G32, ignore="lm_head"), "ignore must be a list of names"),
         (section_for(G32) | {"config_groups": {}}, "no config_groups"),
     ],
 )
@@ -293,59 +313,62 @@ def test_several_schemes_name_their_modules():
     assert groups == {("a", "c"): "pack-quantized", ("b",): "int-quantized"}
 
 
-# ---------------------------------------------------------------------------------------------------------- goldens
-
-READABLE = ["ct-w4a16-asym-g128-awq", "ct-w4a16-sym-g128-gptq-actorder-group", "ct-w4a16-sym-g128-rtn"]
+# ------------------------------------------------------------------------------------------ experts of the CANN recipes
 
 
-@pytest.mark.parametrize("case", READABLE)
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_golden_weights_and_logits(case, dtype):
-    from safetensors.torch import load_file
-
-    folder = golden(case)
-    reference = load_file(folder / "reference.safetensors")
-    model = qcompile.load(folder, dtype=dtype)
-    modules = quantized_modules(model)
-    assert {f"{name}.weight" for name in modules} == reference.keys() - {"input_ids", "logits"}
-    for name, module in modules.items():
-        assert torch.equal(numerics.dequantize_packed(module.packed()), reference[f"{name}.weight"]), name
-    with torch.no_grad():
-        logits = model(reference["input_ids"]).logits
-    assert relative_error(logits, reference["logits"]) < 0.02  # the peer ran in bfloat16
+def recipe(packed: PackedWeight, *, alpha: bool) -> dict[str, torch.Tensor]:
+    """One expert's Linear as the recipes' converter writes it: pairs of rows, bits of scales, a correction."""
+    signed = numerics.unpack_codes(packed.codes, 4, packed.shape[1]).to(torch.int16) - 8
+    pairs = (signed[0::2] & 15) | (signed[1::2] << 4)
+    return {
+        "m.weight": torch.where(pairs > 127, pairs - 256, pairs).to(torch.int8),
+        "m.weight_scale": packed.scales.view(torch.int32).to(torch.int64),
+        "m.bias": 8 * numerics.dequantize_packed(packed).sum(1),
+        **({"m.a_alpha": torch.tensor(0.75)} if alpha else {}),
+    }
 
 
-@pytest.mark.parametrize(
-    ("case", "says"),
-    [
-        ("ct-fp8-static", "weights are 8-bit float"),
-        ("ct-mixed-w4-attn-w8-mlp", r"mlp\.gate_proj: weights are 8-bit float"),
-        ("ct-mxfp4", "weights are 4-bit float"),
-        ("ct-nvfp4", "weights are 4-bit float"),
-        ("ct-w4a8-int-g128", "int8 activations go with"),
-        ("ct-w8a8-int8-static", "static 8-bit int activations"),
-        ("ct-w8a8-int8-dynamic-smoothquant-gptq-moe", "mixture of experts"),
-    ],
-)
-def test_golden_files_of_other_schemes_are_refused(case, says):
-    folder = golden(case)
-    with pytest.raises(UnsupportedError, match=says) as error:
-        qcompile.inspect(folder)
-    assert "model.layers" in str(error.value)
+def recipe_section(*, clip: bool) -> dict:
+    """The two groups of such a file."""
+    linear = section_for({"num_bits": 8, "strategy": "channel"}, TOKEN, format="int-quantized")
+    experts = section_for({"num_bits": 4, "strategy": "channel"}, TOKEN, ["MoEGMM"])["config_groups"]["group_0"]
+    linear["config_groups"]["group_1"] = experts | {"activation_use_clip": clip}
+    return linear
 
 
-@pytest.mark.parametrize("case", READABLE)
-def test_golden_files_are_saved_as_they_were(case, tmp_path):
-    from safetensors.torch import load_file
+def of_recipe(tensors, section, shape=(16, 32)):
+    headers = {n: TensorHeader(n, NAMES[t.dtype], tuple(t.shape), "f") for n, t in tensors.items()}
+    return FORMAT.sites({"quantization_config": section}, headers, {"m": shape}, {"m"})
 
-    folder = golden(case)
-    qcompile.save(qcompile.load(folder), tmp_path / "again")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
-    for name, tensor in before.items():
-        if name.endswith("weight_g_idx") and not tensor.any():
-            assert name not in after  # one group has no order to keep
-            continue
-        assert torch.equal(tensor, after.pop(name)), name
-    assert not after
-    tokenizer = "tokenizer_config.json"
-    assert json.loads((folder / tokenizer).read_text()) == json.loads((tmp_path / "again" / tokenizer).read_text())
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("method", ["compressed-tensors", "modelslim"])  # the servers that read it want the latter
+def test_experts_of_the_recipes(clip, method):
+    packed = random_packed("w4a8", 16, 32, dtype=torch.float32)
+    tensors = recipe(packed, alpha=clip)
+    (site,) = of_recipe(tensors, recipe_section(clip=clip) | {"quant_method": method})
+    assert str(site.scheme) == ("w4a8_clip" if clip else "w4a8")
+    assert set(site.tensors) == set(tensors)
+    again = FORMAT.read(site, tensors.__getitem__)
+    assert torch.equal(again.codes, packed.codes)
+    assert torch.equal(again.scales, packed.scales)
+    assert again.alpha is None if not clip else again.alpha.tolist() == [0.75]
+    assert FORMAT.read_bias(site, tensors.__getitem__) is None  # it corrects the hardware's offset
+    unsigned = {n: t.view(torch.uint64) if t.dtype == torch.int64 else t for n, t in tensors.items()}
+    (site,) = of_recipe(unsigned, recipe_section(clip=clip))
+    assert torch.equal(FORMAT.read(site, unsigned.__getitem__).scales, packed.scales)
+    assert_same(round_trip(again), again)
+
+
+def test_experts_of_the_recipes_that_contradict_themselves():
+    packed = random_packed("w4a8", 16, 32, dtype=torch.float32)
+    tensors = recipe(packed, alpha=True)
+    with pytest.raises(FormatError, match="a clip is stored for m, but its group does not say activation_use_clip"):
+        of_recipe(tensors, recipe_section(clip=False))
+    (site,) = of_recipe(tensors, recipe_section(clip=True))
+    with pytest.raises(FormatError, match=r"m\.bias is not the correction"):
+        FORMAT.read(site, (tensors | {"m.bias": tensors["m.bias"] + 1}).__getitem__)
+    tensors = recipe(packed, alpha=False)
+    headers = {n: TensorHeader(n, NAMES[t.dtype], tuple(t.shape), "f") for n, t in tensors.items()}
+    with pytest.raises(FormatError, match=r"m\.weight_scale is I64 .*: config group 'group_0' makes m w8a8"):
+        FORMAT.sites({"quantization_config": recipe_section(clip=False)}, headers, {"m": (16, 32)})  # not an expert

@@ -1,20 +1,22 @@
 """One file per checkpoint format. Each holds ``FORMAT``, and is the only place that knows that format's disk layout.
 
 A format reads its tensors into the one canonical ``PackedWeight`` and writes them back. It sees names, headers and
-tensors, never files: ``qcompile.checkpoint`` opens, streams, checks and renames those.
+tensors, never files: ``qcompile.checkpoint`` opens, streams, checks and renames those. It sees Linears, never experts:
+on disk every expert has its own, which ``qcompile.parts`` puts together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ..types import PackedWeight, Scheme
 
 Shape = tuple[int, int]
+Get = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class StoredSite:
-    """One quantized module as it lies on disk.
+    """One quantized Linear as it lies on disk; one of the Linears of an expert is such a one as well.
 
-    ``tensors`` are the full names of what ``Format.read`` consumes (or ``Format.write`` gave), the bias excluded.
-    ``layout`` holds what else the format must remember to read them; of a written one, whether it is "permuted".
+    ``tensors`` are the full names of what the format reads (or wrote); ``owns_bias`` says that the bias is among them,
+    else ``<name>.bias`` is a plain tensor. ``layout`` holds what else the format must remember to read them; of a
+    written one, whether it is "permuted". ``note`` tells the user what is not as the file has it.
     """
 
     name: str
@@ -40,49 +43,77 @@ class StoredSite:
     shape: Shape  # (out_features, in_features)
     tensors: tuple[str, ...]
     layout: Mapping[str, Any] = field(default_factory=dict)
+    owns_bias: bool = False
+    note: str = ""
 
 
-class Format(Protocol):
+class Format:
     """How one format is recognised, read, written and described.
 
-    side_files: JSON files with a copy of the quantization section. ``save`` writes the first; ``load`` looks for all of
-    them where config.json has no such section, and takes the format's name for a missing quant_method.
+    side_files: names (or patterns) of JSON files with the quantization section. ``save`` writes the first, ``load``
+    looks for all of them where config.json has no such section, and takes the format's name for a missing
+    quant_method. in_config: whether config.json holds the section too. stem: how tensor files are called.
     """
 
     name: str
-    side_files: tuple[str, ...]
+    side_files: tuple[str, ...] = ()
+    in_config = True
+    stem = "model"
 
     def detect(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> bool:
         """Whether a checkpoint with this config.json and these tensors is in this format."""
-        ...
+        raise NotImplementedError
 
     def sites(
-        self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader], linears: Mapping[str, Shape]
+        self,
+        config: Mapping[str, Any],
+        headers: Mapping[str, TensorHeader],
+        linears: Mapping[str, Shape],
+        experts: Collection[str] = (),
     ) -> tuple[StoredSite, ...]:
         """Every quantized module, from config and headers alone.
 
-        linears: shape [out, in] of every Linear of the float model, by module name. It says what a target such as
-        "Linear" means, and the number of input features, which packed tensors only bound. FormatError names file and
-        tensor of a contradiction between config, headers and model; UnsupportedError names module and reason.
+        linears: shape [out, in] of every Linear of the float model, by its name on disk. It says what a target such as
+        "Linear" means, and the number of input features, which packed tensors only bound. experts: those of them that
+        belong to an expert. FormatError names file and tensor of a contradiction between config, headers and model;
+        UnsupportedError names module and reason.
         """
-        ...
+        raise NotImplementedError
 
-    def read(self, site: StoredSite, get: Callable[[str], Tensor]) -> PackedWeight:
+    def read(self, site: StoredSite, get: Get) -> PackedWeight:
         """The canonical weight of ``site``; ``get`` loads a tensor by its stored name."""
-        ...
+        raise NotImplementedError
+
+    def read_bias(self, site: StoredSite, get: Get) -> Tensor | None:
+        """The bias of a site that owns it, None where there is none."""
+        return None
+
+    def norm_biases(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> Mapping[str, str]:
+        """Stored names, by names in the model, of what norms have beyond those of the float model.
+
+        ``<norm>.bias`` is added to what the norm gives; ``<norm>.weight`` may be stored under another name.
+        """
+        return {}
 
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why this format cannot express a scheme of such a shape (or this weight); "" when it can."""
-        ...
+        raise NotImplementedError
 
     def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
         """The tensors that store ``packed`` for the module ``name``, by full name."""
-        ...
+        raise NotImplementedError
 
-    def quantization_config(self, sites: Sequence[StoredSite], float_modules: Sequence[str]) -> dict[str, Any]:
-        """What goes into config.json under "quantization_config", for the sites that were written.
+    def write_bias(self, name: str, packed: PackedWeight, bias: Tensor | None) -> dict[str, Tensor]:
+        """The tensors that store its float bias, if it has one."""
+        return {} if bias is None else {f"{name}.bias": bias}
 
-        float_modules: names of the Linears that were left float. Called before anything is written as well, without
-        tensors: UnsupportedError for schemes that cannot be described together.
+    def quantization_config(
+        self, sites: Sequence[StoredSite], float_modules: Sequence[str], floats: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The quantization section, for the sites that were written.
+
+        float_modules: modules with a weight matrix that were left float, such as Linears and routers. floats: names of
+        all float tensors. Called before anything is written as well, without tensors: UnsupportedError for schemes that
+        cannot be described together.
         """
-        ...
+        raise NotImplementedError

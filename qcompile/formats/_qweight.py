@@ -12,14 +12,10 @@ from torch import Tensor
 from .. import numerics
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..types import PackedWeight, Scheme, WeightType
-from . import Shape, TensorHeader
+from ._headers import Stored, Wanted, check
 
-FLOATS = ("F16", "BF16", "F32", "F64")
 AUTO_ROUND = ("auto-round", "intel/auto-round")
 _REGEX = set(r"*+?^$()[]{}|\\")
-
-Stored = Mapping[str, TensorHeader]  # the tensors of one module, by the last part of their name
-Wanted = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # (dtypes, shape) of each
 
 
 # -------------------------------------------------------------------------------------------------- configuration
@@ -106,51 +102,16 @@ def scheme_of(name: str, settings: Mapping[str, Any], origin: str, symmetric: bo
 # -------------------------------------------------------------------------------------------------------- headers
 
 
-def by_module(
-    headers: Mapping[str, TensorHeader], linears: Mapping[str, Shape], marks: Iterable[str]
-) -> dict[str, Stored]:
-    """Headers by module and last part of the name; UnsupportedError for a quantized module that is no Linear."""
-    modules: dict[str, dict[str, TensorHeader]] = {}
-    for header in headers.values():
-        module, _, suffix = header.name.rpartition(".")
-        modules.setdefault(module, {})[suffix] = header
-        if suffix in marks and module not in linears:
-            raise UnsupportedError(
-                f"{header.file}: {header.name} belongs to a quantized module that is no Linear of this model; only "
-                "Linears are read in this format"
-            )
-    return dict(modules)
-
-
-def fits(stored: Stored, wanted: Wanted) -> bool:
-    """Whether the tensors of a module are all there, of a wanted dtype and shape."""
-    found = ((stored.get(suffix), dtypes, shape) for suffix, (dtypes, shape) in wanted.items())
-    return all(header and header.dtype in dtypes and header.shape == shape for header, dtypes, shape in found)
-
-
-def check(name: str, stored: Stored, wanted: Wanted, about: str) -> None:
+def check_module(name: str, stored: Stored, wanted: Wanted, about: str) -> None:
     """FormatError that names file and tensor unless the module fits, and is not float as well."""
-    where = next(iter(stored.values())).file
     if "weight" in stored:
-        raise FormatError(f"{where}: both {name}.weight and {name}.qweight are stored; one of them is wrong")
-    for suffix, (dtypes, shape) in wanted.items():
-        header, needed = stored.get(suffix), f"{' or '.join(dtypes)} {list(shape)}"
-        if header is None:
-            raise FormatError(f"{where}: {name}.{suffix} is missing: {about}, which needs it as {needed}")
-        if header.dtype not in dtypes or header.shape != shape:
-            raise FormatError(
-                f"{header.file}: {header.name} is {header.dtype} {list(header.shape)}, but must be {needed}: {about}"
-            )
+        raise FormatError(
+            f"{stored['weight'].file}: both {name}.weight and {name}.qweight are stored; one of them is wrong"
+        )
+    check(name, stored, wanted, about)
 
 
 # ------------------------------------------------------------------------------------------------------ tensor data
-
-
-def finite(scales: Tensor, name: str) -> Tensor:
-    """``scales``; FormatError where they are not finite."""
-    if not torch.isfinite(scales).all():
-        raise FormatError(f"{name}.scales holds NaN or infinity; the checkpoint is damaged")
-    return scales
 
 
 def input_order(packed: PackedWeight) -> Tensor:

@@ -19,7 +19,7 @@ false or "sym": true every z must be 8. gemm is written, with "zero_point": true
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,11 @@ from torch import Tensor
 from .. import numerics
 from ..errors import FormatError, UnsupportedError
 from ..types import PackedWeight, Scheme, WeightType
-from . import Shape, StoredSite, TensorHeader
+from . import Format, Get, Shape, StoredSite, TensorHeader
+from ._headers import FLOATS, Stored, Wanted, by_module, every, finite, fits
 from ._qweight import (
     AUTO_ROUND,
-    FLOATS,
-    Stored,
-    Wanted,
-    by_module,
-    check,
-    finite,
-    fits,
+    check_module,
     half_refusal,
     input_order,
     is_permuted,
@@ -55,7 +50,7 @@ _INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 _LAYOUTS = {"gemm": "gemm", "exllama": "gemm", "ipex": "gemm", "gemv": "gemv", "gemv_fast": "fast", "llm_awq": "fast"}
 
 
-class Awq:
+class Awq(Format):
     """Reads every layout, writes gemm."""
 
     name = "awq"
@@ -66,20 +61,23 @@ class Awq:
         return method_of(section_of(config)) == "awq"
 
     def sites(
-        self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader], linears: Mapping[str, Shape]
+        self,
+        config: Mapping[str, Any],
+        headers: Mapping[str, TensorHeader],
+        linears: Mapping[str, Shape],
+        experts: Collection[str] = (),
     ) -> tuple[StoredSite, ...]:
         """Every quantized Linear; see ``Format.sites``."""
         section = section_of(config)
         layout = _layout(section)
         modules = by_module(headers, linears, _MARKS)
-        found = (_site(name, shape, modules.get(name, {}), section, layout) for name, shape in linears.items())
-        return tuple(site for site in found if site)
+        return every(linears, lambda name: _site(name, linears[name], modules.get(name, {}), section, layout))
 
-    def read(self, site: StoredSite, get: Callable[[str], Tensor]) -> PackedWeight:
+    def read(self, site: StoredSite, get: Get) -> PackedWeight:
         """The canonical weight; bit for bit what AutoAWQ's packers were given."""
         (out, inn), weight, layout = site.shape, site.scheme.weight, site.layout["layout"]
         groups, zeros_name = weight.groups(inn), f"{site.name}.{site.layout['zeros']}"
-        scales, stored = finite(get(f"{site.name}.scales"), site.name), get(zeros_name)
+        scales, stored = finite(get(f"{site.name}.scales"), f"{site.name}.scales"), get(zeros_name)
         words = get(f"{site.name}.qweight")
         if layout == "gemm":
             codes = numerics.pack_codes(_unpack_gemm(words, out).t().contiguous(), 4)
@@ -105,6 +103,8 @@ class Awq:
         (out, inn), weight = shape, scheme.weight
         if scheme.activation:
             return "AWQ has no quantized activations; use compressed-tensors"
+        if weight.number != "int":
+            return f"AWQ stores integers, not {weight.number}; use compressed-tensors"
         if weight.bits != 4:
             return f"AWQ stores 4 bits, not {weight.bits}; use gptq or compressed-tensors"
         if out % 8:
@@ -129,7 +129,9 @@ class Awq:
         }
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    def quantization_config(self, sites: Sequence[StoredSite], float_modules: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, sites: Sequence[StoredSite], float_modules: Sequence[str], floats: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The section of config.json; UnsupportedError for what its one group size and its substrings cannot say."""
         by_size: dict[int, str] = {}
         for site in sites:
@@ -197,7 +199,7 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], l
             about += f"; but its tensors are those of the layout {_called(other)}"
     if fits(stored, {"qweight": (("I32",), (shape[1] // 8, shape[0]))}):
         about += "; qweight has the shape of GPTQ"
-    check(name, stored, wanted, about)
+    check_module(name, stored, wanted, about)
     if layout == "fast" and (shape[0] % 4 or shape[1] % 64):
         raise UnsupportedError(f"{name}: {_called(layout)} packs 4 rows by 64 columns, which {list(shape)} is not")
     tensors = tuple(f"{name}.{suffix}" for suffix in wanted)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,11 @@ from torch import Tensor
 from .. import numerics
 from ..errors import FormatError, UnsupportedError
 from ..types import PackedWeight, Scheme, WeightType
-from . import Shape, StoredSite, TensorHeader
+from . import Format, Get, Shape, StoredSite, TensorHeader
+from ._headers import FLOATS, Stored, by_module, every, finite, fits
 from ._qweight import (
     AUTO_ROUND,
-    FLOATS,
-    Stored,
-    by_module,
-    check,
-    finite,
-    fits,
+    check_module,
     half_refusal,
     input_order,
     method_of,
@@ -58,7 +54,7 @@ _PACKINGS = {"auto_round:auto_gptq": 1, "auto_round": 2, "auto_round:gptqmodel":
 _KERNELS = ("gptq", "exllama", "triton", "marlin", "torch", "qbits", "ipex")  # in old AutoRound files: no version
 
 
-class Gptq:
+class Gptq(Format):
     """Reads both versions, writes one of them."""
 
     side_files = ("quantize_config.json", "quantization_config.json")  # the latter is AutoRound's
@@ -73,19 +69,22 @@ class Gptq:
         return method_of(section) == "gptq" and (_label(section) == "gptq_v2") == (self.version == 2)
 
     def sites(
-        self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader], linears: Mapping[str, Shape]
+        self,
+        config: Mapping[str, Any],
+        headers: Mapping[str, TensorHeader],
+        linears: Mapping[str, Shape],
+        experts: Collection[str] = (),
     ) -> tuple[StoredSite, ...]:
         """Every quantized Linear; see ``Format.sites``."""
         section = section_of(config)
         version = _version(section)
         modules = by_module(headers, linears, _MARKS)
-        found = (_site(name, shape, modules.get(name, {}), section, version) for name, shape in linears.items())
-        return tuple(site for site in found if site)
+        return every(linears, lambda name: _site(name, linears[name], modules.get(name, {}), section, version))
 
-    def read(self, site: StoredSite, get: Callable[[str], Tensor]) -> PackedWeight:
+    def read(self, site: StoredSite, get: Get) -> PackedWeight:
         """The canonical weight; bit for bit what gptqmodel's torch kernel multiplies."""
         weight, (_, inn) = site.scheme.weight, site.shape
-        scales = finite(get(f"{site.name}.scales"), site.name).t().contiguous()
+        scales = finite(get(f"{site.name}.scales"), f"{site.name}.scales").t().contiguous()
         zeros = _zero_points(get(f"{site.name}.qzeros"), site)
         codes = from_words(get(f"{site.name}.qweight").t().contiguous(), weight.bits, inn, False)
         permutation = _permutation(get(f"{site.name}.g_idx"), site) if site.layout["g_idx"] else None
@@ -99,6 +98,8 @@ class Gptq:
         (out, inn), weight = shape, scheme.weight
         if scheme.activation:
             return "GPTQ has no quantized activations; use compressed-tensors"
+        if weight.number != "int":
+            return f"GPTQ stores integers, not {weight.number}; use compressed-tensors"
         if weight.bits not in _BITS:
             return f"GPTQ stores {', '.join(map(str, _BITS))} bits, not {weight.bits}; use compressed-tensors"
         codes = 32 if weight.bits == 3 else 32 // weight.bits
@@ -134,7 +135,9 @@ class Gptq:
         }
         return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    def quantization_config(self, sites: Sequence[StoredSite], float_modules: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, sites: Sequence[StoredSite], float_modules: Sequence[str], floats: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The section of config.json; gptqmodel and vLLM honour its "dynamic", transformers 5.23 does not."""
         settings = {site.name: _describe(site) for site in sites}
         common = dict(Counter(tuple(each.items()) for each in settings.values()).most_common(1)[0][0])
@@ -230,7 +233,7 @@ def _site(
     about = f"{origin} makes {name} {scheme}, desc_act {desc_act}, of shape {list(shape)}"
     if fits(stored, {"qweight": (("I32",), (inn, out // 8))}):
         about += "; qweight has the shape of AWQ gemm"
-    check(name, stored, wanted, about)
+    check_module(name, stored, wanted, about)
     layout = {
         "version": version,
         "borrows": "gptqmodel" in str((section.get("meta") or {}).get("quantizer")),
