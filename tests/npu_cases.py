@@ -8,7 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from qcompile import numerics
+from qcompile import gates, numerics, ops
+from qcompile.backends.npu import BACKEND
+from qcompile.kernels import Kernel, choose
 from qcompile.types import PackedWeight, Scheme, Site
 
 HALF = (torch.bfloat16, torch.float16)
@@ -75,3 +77,52 @@ def equal_weights(actual: PackedWeight, expected: PackedWeight) -> bool:
 
 def size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+HIDDEN, COUNT, K = 256, 6, 2
+LIMIT = {torch.bfloat16: 1.6e-2, torch.float16: 5e-3}  # of the error's norm: int8 codes of either side of a tie differ
+
+
+class Layer:
+    """The packed experts of one layer, prepared by the kernels that are chosen for them."""
+
+    def __init__(self, scheme, dtype=torch.bfloat16, activation="silu", experts=COUNT, permuted=False, inter=256):
+        self.scheme, self.dtype, self.activation = Scheme.parse(scheme), dtype, activation
+        self.sizes = [experts, HIDDEN, inter]
+        shapes = (experts, gates.up_rows(activation, inter), HIDDEN), (experts, HIDDEN, inter)
+        self.packed = [packed_weight(shape, self.scheme, dtype, permuted) for shape in shapes]
+        self.kernels = [choose(BACKEND, experts_site(*shape, dtype), self.scheme)[0] for shape in shapes]
+        self.biases = [torch.randn(shape[:2]).to(dtype) * 0.1 for shape in shapes]
+
+    def run(self, x, ids, routing, *, definition=False, biases=True):
+        kind = self.scheme.activation
+        is_early = kind is not None and kind.dynamic and not kind.clip
+        parts = numerics.quantize_activation(x, kind) if is_early else [x]
+        kernels = [Kernel()] * 2 if definition else self.kernels
+        (up, down), (up_bias, down_bias) = self.packed, self.biases if biases else (None, None)
+        names = [f"{'cpu' if definition else 'npu'}.{kernel.name}" for kernel in kernels]
+        operation = BACKEND.operations["quant_experts"]
+        is_plain = definition or operation.refuses(parts, ids)
+        return (ops.compute_experts if is_plain else operation.compute)(
+            parts, ids, routing,
+            kernels[0].prepare(up), up_bias, list(up.activation_tensors().values()),
+            kernels[1].prepare(down), down_bias, list(down.activation_tensors().values()),
+            f"{self.scheme}|{self.scheme}", "|".join(names), self.activation, self.sizes, self.dtype,
+        )  # fmt: skip
+
+
+def routed(tokens=9, experts=COUNT, k=K, idle=()):
+    allowed = torch.tensor([e for e in range(experts) if e not in idle])
+    ids = torch.stack([allowed[torch.randperm(len(allowed))[:k]] for _ in range(tokens)])
+    return ids, torch.rand(tokens, k)
+
+
+def assert_as_defined(layer, ids, routing, limit=None, **kwargs):
+    x = torch.randn(ids.shape[0], HIDDEN).to(layer.dtype)
+    actual = layer.run(x, ids, routing, **kwargs)
+    expected = layer.run(x, ids, routing, definition=True, **kwargs)
+    assert actual.dtype == layer.dtype
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    four_bits = layer.scheme.activation is not None and layer.scheme.activation.bits == 4
+    assert error.item() <= (limit or LIMIT[layer.dtype]) * (8 if four_bits else 1)
