@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 END = "<|endoftext|>"
-VOCABULARY, SEQUENCE, BATCH = 4096, 256, 24
+VOCABULARY, SEQUENCE = 4096, 256
 SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages", "pydoc_data", "turtledemo",
     "ensurepip", "__pycache__",
@@ -97,19 +97,19 @@ def build_model(moe: bool):
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    common = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1024,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     if not moe:
         return Qwen3ForCausalLM(Qwen3Config(intermediate_size=640, num_hidden_layers=6, **common))
     config = Qwen3MoeConfig(
@@ -140,7 +140,7 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
     return math.exp(-(counts / counts.sum()).log()[held_out].mean().item())
 
 
-def train(model, moe: bool, ids: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+def train(model, moe: bool, ids: torch.Tensor, steps: int, batch_size: int, generator: torch.Generator) -> None:
     """AdamW with a cosine schedule on random windows; bfloat16 matrix products."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -154,7 +154,7 @@ def train(model, moe: bool, ids: torch.Tensor, steps: int, generator: torch.Gene
     offsets, options = torch.arange(SEQUENCE), {"output_router_logits": True} if moe else {}
     started = time.perf_counter()
     for step in range(steps):
-        starts = torch.randint(0, len(ids) - SEQUENCE, (BATCH, 1), generator=generator)
+        starts = torch.randint(0, len(ids) - SEQUENCE, (batch_size, 1), generator=generator)
         batch = ids[starts + offsets]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, **options).loss
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("examples/tiny_lm"))
     parser.add_argument("--moe", action="store_true", help="train the mixture of experts")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, help="default: 1500, or 800 of the mixture of experts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -191,13 +191,15 @@ def main() -> None:
     model = build_model(arguments.moe)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
     started = time.perf_counter()
-    train(model, arguments.moe, train_ids, arguments.steps, torch.Generator().manual_seed(arguments.seed))
+    steps, batch_size = (800, 16) if arguments.moe else (1500, 24)
+    steps = arguments.steps or steps
+    train(model, arguments.moe, train_ids, steps, batch_size, torch.Generator().manual_seed(arguments.seed))
     model = model.to(torch.bfloat16).eval()
     held_ids = held_ids[: 160 * SEQUENCE]
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": len(train_ids),
-        "steps": arguments.steps,
+        "steps": steps,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "python": sys.version.split()[0],
         "held_out_tokens": len(held_ids),
