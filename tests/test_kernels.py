@@ -18,7 +18,18 @@ SHAPES = ((1, 32), (13, 200), (64, 128), (67, 97))
 SCHEMES = {
     "int4pack": ("w4a16", "w4a16_g32", "w4a16_g64_asym", "w4a16_g128", "w4a16_g256_asym", "w4a16_asym"),
     "int8pack": ("w8a16",),
-    "int8_dynamic": ("w8a8",),
+    "int_mm": (
+        "w8a8",
+        "w8a8_static",
+        "w8a8_static_sym",
+        "w8a8_dynamic_asym",
+        "w4a8",
+        "w4a8_clip",
+        "w4a8_static",
+        "w4a4",
+        "w4a4_dynamic_asym",
+        "w3a8",
+    ),
     "reference": [
         "w2a16_g16",
         "w3a16_asym",
@@ -28,7 +39,35 @@ SCHEMES = {
         "w7a16_g32",
         "w8a16_g64_asym",
         "w8a8",
+        "w8a8_static",
+        "w8a8_asym_dynamic_asym",
+        "w4a8_g32_asym_static_sym",
+        "w4a8_g128_clip",
+        "w4a4_g32",
+        "wfp8a16",
+        "wfp8a16_tensor",
+        "wfp8a16_b16x32",
+        "wfp8afp8",
+        "wfp8afp8_g64",
+        "wfp8afp8_tensor_static",
+        "wfp8afp8_b16x32",
+        "wfp8afp8_b128x128_static",
+        "wnvfp4a16",
+        "wnvfp4anvfp4",
+        "wmxfp4a16",
+        "wmxfp4amxfp4",
+        "wmxfp8amxfp8",
     ],
+}
+
+PARAMS = {  # what calibration would find for values around one
+    "int": {
+        "input_scale": torch.tensor([0.025]),
+        "input_zero": torch.tensor([-9], dtype=torch.int32),
+        "alpha": torch.tensor([0.8]),
+    },
+    "fp8": {"input_scale": torch.tensor([0.01])},
+    "nvfp4": {"input_scale": torch.tensor([600.0])},
 }
 
 
@@ -50,7 +89,8 @@ each_case = pytest.mark.parametrize(("kernel", "scheme", "dtype"), list(supporte
 @functools.cache
 def packed_weight(scheme: Scheme, out: int, inn: int, dtype: torch.dtype, permuted: bool = False):
     weight = torch.randn(out, inn, generator=torch.Generator().manual_seed(out * inn)).to(dtype)
-    packed = numerics.quantize_weight(weight, scheme)
+    params = {name: PARAMS[scheme.weight.number][name] for name in scheme.activation.params} if scheme.activation else {}
+    packed = dataclasses.replace(numerics.quantize_weight(weight, Scheme(scheme.weight)), scheme=scheme, **params)
     order = torch.randperm(inn, generator=torch.Generator().manual_seed(inn)).to(torch.int32)
     return dataclasses.replace(packed, permutation=order) if permuted else packed
 
@@ -59,16 +99,21 @@ def run(kernel: Kernel, packed, x: torch.Tensor, bias: torch.Tensor | None = Non
     out = packed.shape[0]
     if packed.scheme.activation is None:
         return kernel.linear(x, kernel.prepare(packed), bias, packed.scheme, out)
-    parts = numerics.quantize_activation(x, packed.scheme.activation)
-    return kernel.scaled_linear(parts, kernel.prepare(packed), bias, packed.scheme, out, x.dtype)
+    return kernel.scaled_linear(quantized(x, packed), kernel.prepare(packed), bias, packed.scheme, out, x.dtype)
+
+
+def quantized(x: torch.Tensor, packed) -> list[torch.Tensor]:
+    """What a kernel takes instead of x."""
+    params = list(packed.activation_tensors().values())
+    parts = numerics.quantize_activation(x, packed.scheme.activation, params)
+    return parts if packed.scheme.activation.dynamic else [*parts, *params]
 
 
 def assert_product(result: torch.Tensor, packed, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """``result`` is ``x @ W.T + bias``, up to the rounding of x's dtype relative to the size of what was summed."""
     inputs, weight = x, numerics.dequantize_packed(packed, torch.float64)
     if packed.scheme.activation is not None:  # integer products use codes and scales, never a rounded weight
-        parts = numerics.quantize_activation(x, packed.scheme.activation)
-        inputs = numerics.dequantize_activation(parts, packed.scheme.activation)
+        inputs = numerics.dequantize_activation(quantized(x, packed), packed.scheme.activation)
         weight = numerics.dequantize_packed(dataclasses.replace(packed, scales=packed.scales.double()))
     expected = inputs.double() @ weight.t()
     size = (inputs.double().square() @ weight.square().t()).sqrt()
@@ -109,15 +154,22 @@ def test_a_stored_permutation_is_applied_to_the_input(kernel, scheme, dtype):
     assert_product(run(kernel, packed, x), packed, x)
 
 
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes; not every dtype can be compared."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 @each_case
 @pytest.mark.parametrize("permuted", [False, True], ids=["plain", "permuted"])
 def test_restore_is_the_inverse_of_prepare(kernel, scheme, dtype, permuted):
     for out, inn in SHAPES:
         packed = packed_weight(scheme, out, inn, dtype, permuted)
-        restored = kernel.restore(kernel.prepare(packed), scheme, (out, inn))
+        restored = kernel.restore(kernel.prepare(packed), scheme, (out, inn), packed.activation_tensors())
         assert restored.tensors().keys() == packed.tensors().keys()
         for name, tensor in packed.tensors().items():
-            assert torch.equal(restored.tensors()[name], tensor), name
+            assert restored.tensors()[name].dtype == tensor.dtype
+            assert torch.equal(raw(restored.tensors()[name]), raw(tensor)), name
+        assert restored.activation_tensors() == packed.activation_tensors()
 
 
 @each_case
@@ -132,7 +184,7 @@ def test_the_estimate_of_bytes_is_exact(kernel, scheme, dtype):
 def test_int8_products_equal_the_reference(shape, dtype):
     packed = packed_weight(Scheme.parse("w8a8"), *shape, dtype)
     x, bias = torch.randn(7, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
-    result, exact = (run(BACKEND.kernel(name), packed, x, bias) for name in ("int8_dynamic", "reference"))
+    result, exact = (run(BACKEND.kernel(name), packed, x, bias) for name in ("int_mm", "reference"))
     # sums of integers are exact in both; the two scales and the bias are applied in float32 here, in float64 there
     step = torch.finfo(dtype).eps if dtype != torch.float32 else 4 * torch.finfo(dtype).eps
     assert ((result.double() - exact.double()).abs() <= step * exact.double().abs().clamp(min=1)).all()
@@ -166,7 +218,10 @@ def test_scales_of_either_sign_and_zero_are_computed_alike():
         ("w8a16", torch.float32, "reference", ("int8pack: fast in bfloat16 and float16 only, not torch.float32",)),
         ("w8a16_g64", torch.float16, "reference", ("int8pack: computes symmetric weights with one scale per output",)),
         ("w8a16_asym", torch.float16, "reference", ("int8pack: computes symmetric weights",)),
-        ("w8a8", torch.float32, "int8_dynamic", ()),
+        ("w8a8", torch.float32, "int_mm", ()),
+        ("w4a8_clip", torch.bfloat16, "int_mm", ()),
+        ("w8a8_static", torch.bfloat16, "int_mm", ()),
+        ("w4a8_g128", torch.bfloat16, "reference", ("int_mm: computes symmetric weights with one scale per output",)),
     ],
 )
 def test_the_best_kernel_that_can_is_chosen_and_says_why_not_a_better_one(name, dtype, kernel, facts):

@@ -15,7 +15,7 @@ CASES = [
     ("w4a16_g32_asym", "cpu.int4pack", torch.bfloat16),
     ("w8a16", "cpu.int8pack", torch.float16),
     ("w3a16_g16", "cpu.reference", torch.float32),
-    ("w8a8", "cpu.int8_dynamic", torch.bfloat16),
+    ("w8a8", "cpu.int_mm", torch.bfloat16),
     ("w8a8", "cpu.reference", torch.float32),
 ]
 each_case = pytest.mark.parametrize(("scheme", "kernel", "dtype"), CASES, ids=lambda value: str(value))

@@ -156,7 +156,7 @@ class TestOverride:
 class TestPlan:
     def test_it_prints_every_scheme_reason_and_the_total(self):
         text = str(plan(rule("*.down_proj", "w8a8"), other_bytes=1000))
-        for part in ("plan for cpu", "w4a16_g128", "w8a8", "cpu.int4pack", "cpu.int8_dynamic", "a rule 'router' would"):
+        for part in ("plan for cpu", "w4a16_g128", "w8a8", "cpu.int4pack", "cpu.int_mm", "a rule 'router' would"):
             assert part in text
         assert "2 of 4 sites quantized" in text
 

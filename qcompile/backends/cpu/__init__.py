@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
-from .kernels import Int4Pack, Int8Dynamic, Int8Pack
+from .kernels import Int4Pack, Int8Pack, IntMM
 
 
 class CPU:
     """Kernels for any x86 or Arm CPU that PyTorch runs on."""
 
     name = "cpu"
-    kernels: Sequence[Kernel] = (Int4Pack(), Int8Pack(), Int8Dynamic(), Kernel())
+    kernels: Sequence[Kernel] = (Int4Pack(), Int8Pack(), IntMM(), Kernel())
 
     def missing(self) -> str:
         """A CPU is always there."""

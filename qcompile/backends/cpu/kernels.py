@@ -19,6 +19,8 @@ from ...types import PackedWeight, Scheme, Site
 
 _REDUCED = (torch.bfloat16, torch.float16)
 _GROUPS = (32, 64, 128, 256)  # what _weight_int4pack_mm_for_cpu takes
+_LONGEST = 2**16 - 1  # products (x - z) * w of 2 ** 15 at most, whose sum int32 holds
+_VECTOR = 32  # columns of int8pack are padded to a multiple of this
 _ROWS = 64  # output channels are padded to full blocks, so that one layout rule holds for all of them
 
 
@@ -136,7 +138,6 @@ class Int8Pack(Kernel):
 
     name = "int8pack"
     kinds = ("linear",)
-    column_multiple = 32
 
     def computes(self, scheme: Scheme) -> bool:
         return scheme.weight.number == "int" and scheme.weight.bits == 8 and not scheme.activation
@@ -150,11 +151,11 @@ class Int8Pack(Kernel):
         return "" if site.dtype in _REDUCED else f"fast in bfloat16 and float16 only, not {site.dtype}"
 
     def nbytes(self, site: Site, scheme: Scheme) -> int:
-        return site.out_features * (_round_up(site.in_features, self.column_multiple) + site.dtype.itemsize)
+        return site.out_features * (_round_up(site.in_features, _VECTOR) + site.dtype.itemsize)
 
     def prepare(self, packed: PackedWeight) -> list[Tensor]:
         codes, inn = numerics.signed_codes(packed.codes), packed.shape[1]
-        codes = F.pad(codes, (0, _round_up(inn, self.column_multiple) - inn)).contiguous()
+        codes = F.pad(codes, (0, _round_up(inn, _VECTOR) - inn)).contiguous()
         tensors = [codes, packed.scales.flatten().contiguous()]
         return tensors if packed.permutation is None else [*tensors, packed.permutation]
 
@@ -178,23 +179,52 @@ class Int8Pack(Kernel):
         return result if bias is None else result + bias
 
 
-class Int8Dynamic(Int8Pack):
-    """int8 weights per output channel and int8 activations per token: ``aten::_int_mm``; same tensors as int8pack.
+class IntMM(Kernel):
+    """Integer weights per output channel, and integer activations: ``aten::_int_mm``.
 
-    A single row must have the strides of a matrix: ``_int_mm`` returns garbage for (0, 1), which Inductor gives to the
-    view of one token (torch 2.13). The clamp changes no number and gives the rows a buffer of their own.
+    Tensors: int8 [out, in], or of fewer bits the canonical codes, which every call unpacks; scales [out]; and the sums
+    int32 [out] of each row where the activations have a zero point z: ``sum((x - z) * w) = sum(x * w) - z * sum(w)``.
     """
 
-    name = "int8_dynamic"
-    column_multiple = 1
+    name = "int_mm"
+    kinds = ("linear",)
 
     def computes(self, scheme: Scheme) -> bool:
-        return str(scheme) == "w8a8"
+        return scheme.activation is not None and scheme.activation.number == "int"
 
     def refuses(self, site: Site, scheme: Scheme) -> str:
-        if self.computes(scheme):
-            return ""
-        return f"computes w8a8 (symmetric, per output channel and per token), not {scheme}"
+        weight = scheme.weight
+        if not self.computes(scheme):
+            return f"computes integer weights with integer activations, not {scheme}"
+        if weight.group_size is not None or not weight.symmetric:
+            return "computes symmetric weights with one scale per output channel only"
+        if site.in_features > _LONGEST:
+            return f"sums of {site.in_features} products can exceed 32 bits; it takes up to {_LONGEST}"
+        return ""
+
+    def nbytes(self, site: Site, scheme: Scheme) -> int:
+        row = -(-site.in_features * scheme.weight.bits // 8) + site.dtype.itemsize
+        return site.out_features * (row + (0 if scheme.activation and scheme.activation.symmetric else 4))
+
+    def prepare(self, packed: PackedWeight) -> list[Tensor]:
+        bits, activation, columns = packed.scheme.weight.bits, packed.scheme.activation, packed.shape[1]
+        codes = numerics.signed_codes(packed.codes) if bits == 8 else packed.codes
+        tensors = [codes, packed.scales.flatten().contiguous()]
+        if activation is not None and not activation.symmetric:
+            parts = codes.split(max(1, numerics.CHUNK // columns))
+            tensors.append(torch.cat([_signed(part, bits, columns).sum(1, dtype=torch.int32) for part in parts]))
+        return tensors if packed.permutation is None else [*tensors, packed.permutation]
+
+    def restore(
+        self,
+        tensors: Sequence[Tensor],
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        activation: Mapping[str, Tensor] = NO_PARAMS,
+    ) -> PackedWeight:
+        codes, scales, _, permutation = _int_mm_tensors(tensors, scheme)
+        codes = codes.view(torch.uint8) ^ 0x80 if scheme.weight.bits == 8 else codes
+        return PackedWeight(scheme, shape, codes, scales[:, None], permutation=permutation, **activation)
 
     def scaled_linear(
         self,
@@ -205,10 +235,27 @@ class Int8Dynamic(Int8Pack):
         out: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        codes, scale = x
-        signed, channel_scale, *permutation = weight
-        if permutation:
-            codes = codes.index_select(-1, permutation[0])
+        codes, scale, *zero = x
+        stored, channel_scale, sums, permutation = _int_mm_tensors(weight, scheme)
+        if permutation is not None:
+            codes = codes.index_select(-1, permutation)
+        # _int_mm returns garbage for a single row with strides (0, 1), which Inductor gives to the view of one token
+        # (torch 2.13). The clamp changes no number and gives the rows a buffer of their own.
         rows = codes.reshape(-1, codes.shape[-1]).clamp(min=-128)
+        signed = _signed(stored, scheme.weight.bits, codes.shape[-1])
         total = torch._int_mm(rows, signed.t()).reshape(*codes.shape[:-1], out)
+        if sums is not None:
+            total = total - zero[0] * sums
         return finish_scaled(total, scale, channel_scale, bias, dtype)
+
+
+def _signed(codes: Tensor, bits: int, columns: int) -> Tensor:
+    """The numbers int8 [rows, columns] that an integer product multiplies."""
+    return codes if bits == 8 else numerics.unpack_codes(codes, bits, columns).view(torch.int8) - 2 ** (bits - 1)
+
+
+def _int_mm_tensors(tensors: Sequence[Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(codes, scales, sums, permutation) from the list that ``IntMM.prepare`` gave."""
+    codes, scales, *rest = tensors
+    sums = None if scheme.activation is None or scheme.activation.symmetric else rest.pop(0)
+    return codes, scales, sums, rest[0] if rest else None
