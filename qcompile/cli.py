@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ Checkpoint = Annotated[
     typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
+Soc = Annotated[str | None, typer.Option(help="Ascend chip to plan for, such as Ascend910B; with --device npu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
 
@@ -108,17 +110,28 @@ def demo(
 
 
 @app.command(epilog="Example: [bold]qcompile inspect examples/tiny_lm --device cpu --json[/]")
-def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False) -> None:
+def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False, soc: Soc = None) -> None:
     """Show what would happen to every site of a checkpoint, from its config and headers alone.
 
-    Reads no weights. Exits with 1 if this checkpoint cannot be used on the device.
+    Reads no weights. Exits with 1 if this checkpoint cannot be used on the device, which need not be there.
     """
     import qcompile
 
     from .reporting import plan_dict
 
-    plan = qcompile.inspect(path, device=device)
+    with _chip(device, soc):
+        plan = qcompile.inspect(path, device=device)
     print(json.dumps(plan_dict(plan), indent=2) if as_json else plan)
+
+
+def _chip(device: str, soc: str | None) -> AbstractContextManager:
+    if soc is None:
+        return nullcontext()
+    if not device.startswith("npu"):
+        raise ConfigError(f"--soc names an Ascend chip and goes with --device npu, not {device}")
+    from .backends.npu import target
+
+    return target(soc=soc)
 
 
 @app.command(epilog="Example: [bold]qcompile quantize examples/tiny_lm tiny_w4 --config rtn --report report.html[/]")
