@@ -6,10 +6,11 @@ import ctypes
 import gc
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from . import numerics
@@ -17,10 +18,21 @@ from .calibrate import Calibration, plan_needs, refuse_without_data
 from .calibration_data import calibration_inputs, described
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
-from .modules import QuantWeight, quantize_site, quantized_modules, replace_module, set_state, state_of
+from .experts import ExpertsLayout, find_experts
+from .float_experts import fuse, parts, projections, unfuse
+from .modules import (
+    FloatWeight,
+    QuantExperts,
+    QuantWeight,
+    quantize_site,
+    quantized_modules,
+    replace_module,
+    set_state,
+    state_of,
+)
 from .planning import find_backend, make_plan
-from .sites import first_names, module_name
-from .trace import attribute, trace, walk
+from .sites import first_names, module_name, walk_sites
+from .trace import attribute, trace
 from .types import PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
 from .verify import run_pass
 
@@ -41,7 +53,7 @@ def plan(
     _check_model(model)
     settings = as_config(config)
     find_backend(device, to_run=False)
-    sites, _ = _find_sites(model, settings, example_inputs)
+    sites = _find_sites(model, settings, example_inputs)[0]
     return make_plan(settings, sites, device, _other_bytes(model, sites))
 
 
@@ -79,31 +91,32 @@ def quantize(
     _check_model(model)
     settings = None if isinstance(config, Plan) else as_config(config)
     find_backend(config.device if isinstance(config, Plan) else device)
-    sites, graph = _find_sites(model, settings, example_inputs)
+    sites, graph, experts = _find_sites(model, settings, example_inputs)
     if settings is None:
         assert isinstance(config, Plan)
         decided = _checked_plan(config, sites)
     else:
         decided = make_plan(settings, sites, device, _other_bytes(model, sites))
     inputs, notes = _calibration_inputs(model, decided, graph, example_inputs, data, tokenizer, samples, sequence)
-    _check_weights(model, decided)
+    _check_weights(model, decided, experts)
 
+    fuse(model, _affected(experts, decided))
     calibration = Calibration(
         model, decided, graph, example_inputs, inputs,
-        weight_of=lambda planned: _linear(model, planned).weight.detach(),
+        weight_of=lambda planned: _float_module(model, planned).weight.detach(),
         install=lambda planned, packed: _quantize_site(model, planned, packed),
     )  # fmt: skip
     quantized = calibration.run(progress)
     results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
     _check_coverage(model, decided)
-    record = _rewrite(graph, decided, model) if graph is not None else None
+    records = _rewrite(graph, decided, model) if graph is not None else ()
     notes += _untie(model, decided)
     report_ = Report(
         type(model).__name__,
         decided,
         results,
         seconds=time.perf_counter() - started,
-        passes=(record,) if record else (),
+        passes=records,
         notes=notes,
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
@@ -128,11 +141,15 @@ def report(model: nn.Module) -> Report:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Turn every QuantLinear of ``model`` back into a Linear that holds the dequantized weight; in place."""
+    """Turn every QuantLinear of ``model`` back into a Linear that holds the dequantized weight; in place.
+
+    Quantized experts become what they were before, a module with 3-D parameters or a list, in the block that was there.
+    """
     modules = quantized_modules(model)
     if not modules:
         raise ConfigError(f"{type(model).__name__} holds no quantized module: there is nothing to dequantize")
-    for module in modules.values():
+    unfuse(model)
+    for module in quantized_modules(model).values():
         packed = module.packed()
         linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         weight = numerics.dequantize_packed(packed, module.dtype)
@@ -195,11 +212,18 @@ def _check_model(model: Any) -> None:
 
 def _find_sites(
     model: nn.Module, config: QuantConfig | None, example_inputs: tuple[Any, ...] | None
-) -> tuple[tuple[Site, ...], GraphModule | None]:
+) -> tuple[tuple[Site, ...], GraphModule | None, tuple[ExpertsLayout, ...]]:
     if config is not None and config.tracing == "module_walk":
-        return walk(model), None
+        experts = find_experts(model)
+        return walk_sites(model, experts), None, experts
     traced = trace(model, example_inputs)
-    return traced.sites, traced.graph
+    return traced.sites, traced.graph, traced.experts
+
+
+def _affected(experts: tuple[ExpertsLayout, ...], plan: Plan) -> list[ExpertsLayout]:
+    """The experts that are quantized, at least in part, and those whose own form cannot be compiled."""
+    planned = {p.site.name for p in plan.quantized}
+    return [e for e in experts if e.block is not None or any(f"{e.name}.{name}" in planned for name in e.projections)]
 
 
 def _other_bytes(model: nn.Module, sites: tuple[Site, ...]) -> int:
@@ -220,18 +244,24 @@ def _checked_plan(plan: Plan, sites: tuple[Site, ...]) -> Plan:
     return plan
 
 
-def _linear(model: nn.Module, planned: PlannedSite) -> nn.Linear:
-    return cast(nn.Linear, model.get_submodule(planned.site.name))
+def _float_module(model: nn.Module, planned: PlannedSite) -> nn.Linear | FloatWeight:
+    return cast(nn.Linear | FloatWeight, model.get_submodule(planned.site.name))
 
 
-def _check_weights(model: nn.Module, plan: Plan) -> None:
+def _check_weights(model: nn.Module, plan: Plan, experts: tuple[ExpertsLayout, ...]) -> None:
     """CalibrationError for a planned weight that is not loaded or not finite; nothing has been touched yet."""
+    of_experts = projections(experts)
     for planned in plan.quantized:
-        name, weight = planned.site.name, _linear(model, planned).weight
-        if weight.device.type == "meta":
-            raise CalibrationError(f"{name}.weight is on the meta device: load the weights before quantizing")
-        if not numerics.is_finite(weight):
-            raise CalibrationError(f"{name}.weight holds NaN or infinite values; nothing was quantized")
+        name = planned.site.name
+        if name in of_experts:
+            layout, projection = of_experts[name]
+            label, weights = name, parts(model.get_submodule(layout.name), layout, projection)
+        else:
+            label, weights = f"{name}.weight", [_float_module(model, planned).weight]
+        if any(weight.device.type == "meta" for weight in weights):
+            raise CalibrationError(f"{label} is on the meta device: load the weights before quantizing")
+        if not all(numerics.is_finite(weight) for weight in weights):
+            raise CalibrationError(f"{label} holds NaN or infinite values; nothing was quantized")
 
 
 def _calibration_inputs(
@@ -258,9 +288,9 @@ def _calibration_inputs(
 
 def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:
     _return_memory()
-    linear = _linear(model, planned)
-    quantized, result = quantize_site(planned, linear.weight.detach(), linear.bias, packed)
-    replace_module(model, linear, quantized.train(linear.training))
+    module = _float_module(model, planned)
+    quantized, result = quantize_site(planned, module.weight.detach(), module.bias, packed)
+    replace_module(model, module, quantized.train(module.training))
     return result
 
 
@@ -270,26 +300,33 @@ def _return_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> PassRecord:
+def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> tuple[PassRecord, ...]:
     """Rewrite the exported graph like the model; PassError names every planned site that is not in the graph."""
+    from .passes.base import Pass
+    from .passes.quantize_experts import QuantizeExperts
     from .passes.quantize_linear import QuantizeLinear
 
     nodes: dict[int, Node] = {}  # one per tensor: sites that share a static scale must be seen to do so
-
-    def attributes(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
-        module = cast(QuantWeight, model.get_submodule(planned.site.name))
-        for name, tensor in module.named_buffers(recurse=False):
-            if id(tensor) not in nodes:
-                nodes[id(tensor)] = attribute(graph, node.graph, f"{planned.site.name}.{name}", tensor)
-        weights, params = ([nodes[id(t)] for t in tensors] for tensors in (module.tensors(), module.params()))
-        return weights, params
-
     first = first_names(model)
+    names = {module: name for name, module in model.named_modules()}
 
-    def site_of(node: Node) -> str:
+    def attributes(module: nn.Module, tensors: Sequence[Tensor], node: Node) -> list[Node]:
+        for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+            if id(tensor) not in nodes and any(tensor is wanted for wanted in tensors):
+                nodes[id(tensor)] = attribute(graph, node.graph, f"{names[module]}.{name}", tensor)
+        return [nodes[id(tensor)] for tensor in tensors]
+
+    def of_linear(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
+        module = cast(QuantWeight, model.get_submodule(planned.site.name))
+        return attributes(module, module.tensors(), node), attributes(module, module.params(), node)
+
+    def name_of(node: Node) -> str:
         return first.get(module_name(node), "")
 
-    return run_pass(QuantizeLinear(site_of, {p.site.name: p for p in plan.quantized}, attributes), graph)
+    linears = {p.site.name: p for p in plan.quantized if p.site.kind == "linear"}
+    experts = {name: module for module, name in names.items() if isinstance(module, QuantExperts)}
+    passes: list[Pass] = [QuantizeLinear(name_of, linears, of_linear), QuantizeExperts(name_of, experts, attributes)]
+    return tuple(run_pass(rewrite, graph) for rewrite in passes if rewrite.expected)
 
 
 def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:

@@ -73,6 +73,14 @@ class ExpertsLayout:
         return ("gate_up_proj" if gates.parse(self.arithmetic.activation).is_gated else "up_proj"), "down_proj"
 
     @property
+    def fused(self) -> Arithmetic:
+        """The arithmetic over two fused weights: its own, or canonical where a list takes that form."""
+        if not self.listed:
+            return self.arithmetic
+        biases = tuple(f"{name}_bias" for name in self.projections) if self.arithmetic.biases else ()
+        return dataclasses.replace(self.arithmetic, weights=self.projections, biases=biases, interleaved=False)
+
+    @property
     def parent(self) -> str:
         """The module around the experts."""
         return self.name.rpartition(".")[0]
@@ -302,8 +310,8 @@ def _of_list(experts: nn.ModuleList) -> Arithmetic | str:
     like = probing.signature(first)
     for index, expert in enumerate(experts):
         if probing.signature(expert) != like:
-            shapes = [[list(linear.weight.shape) for linear in _linears(e).values()] for e in (first, expert)]
-            what = f"have weights {shapes[0]} and {shapes[1]}" if shapes[0] != shapes[1] else "differ in their settings"
+            mine, other = ([list(linear.weight.shape) for linear in _linears(e).values()] for e in (first, expert))
+            what = f"have weights {mine} and {other}" if mine != other else "differ in their settings"
             return f"its experts 0 and {index} {what}; the experts of a layer must be alike"
     linears = _linears(first)
     for expert in experts:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import numerics, ops, plugins
 from .errors import ConfigError
-from .types import PackedWeight, PlannedSite, SiteResult, State
+from .ops import FLOAT
+from .types import PackedWeight, PlannedSite, Scheme, SiteResult, State
 
 
 class QuantWeight(nn.Module):
@@ -80,34 +81,71 @@ class QuantLinear(QuantWeight):
         )  # fmt: skip
 
 
+class FloatWeight(nn.Module):
+    """A projection of experts that is float: ``weight`` [experts, out, in] and ``bias`` [experts, out] or None."""
+
+    scheme: Scheme | None = None
+    kernel = FLOAT
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, out, in)."""
+        return tuple(self.weight.shape)
+
+    @property
+    def in_features(self) -> int:
+        """Input features."""
+        return self.weight.shape[-1]
+
+    def tensors(self) -> list[Tensor]:
+        """The weight."""
+        return [self.weight]
+
+    def params(self) -> list[Tensor]:
+        """Nothing: its input stays float."""
+        return []
+
+    def extra_repr(self) -> str:
+        experts, out, inn = self.weight.shape
+        return f"experts={experts}, in_features={inn}, out_features={out}, bias={self.bias is not None}"
+
+
+Projection = QuantWeight | FloatWeight
+
+
 class QuantExperts(nn.Module):
-    """The experts of one layer, quantized: ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``.
+    """The experts of one layer: ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``, gate first.
 
     ``forward`` takes hidden states [tokens, hidden] (or [batch, sequence, hidden]), the chosen experts and their
     weights [tokens, k], as the experts of transformers do, and returns the weighted sum in the shape and dtype of the
-    hidden states. The projections are named as the float module named its parameters.
+    hidden states. The projections are named as the float module named its parameters; either may be float.
     """
 
-    def __init__(self, up: tuple[str, QuantWeight], down: tuple[str, QuantWeight], activation: str) -> None:
+    def __init__(self, up: tuple[str, Projection], down: tuple[str, Projection], activation: str) -> None:
         super().__init__()
         self._up, self._down, self.activation = up[0], down[0], activation
         self.add_module(*up)
         self.add_module(*down)
 
     @property
-    def up(self) -> QuantWeight:
+    def up(self) -> Projection:
         """The projection that makes gate and up, gate first."""
         return self.get_submodule(self._up)  # type: ignore[return-value]
 
     @property
-    def down(self) -> QuantWeight:
+    def down(self) -> Projection:
         """The projection back to the hidden size."""
         return self.get_submodule(self._down)  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up, down = self.up, self.down
         x = hidden_states.reshape(-1, up.in_features)
-        kind = up.scheme.activation
+        kind = up.scheme.activation if up.scheme else None
         parts = [x]
         if kind is not None and kind.dynamic and not kind.clip:
             parts = torch.ops.qcompile.quantize(x, [], str(kind))
@@ -115,7 +153,7 @@ class QuantExperts(nn.Module):
         result = torch.ops.qcompile.quant_experts(
             parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k),
             up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),
-            f"{up.scheme}|{down.scheme}", f"{up.kernel}|{down.kernel}", self.activation,
+            f"{up.scheme or FLOAT}|{down.scheme or FLOAT}", f"{up.kernel}|{down.kernel}", self.activation,
             [up.shape[0], up.in_features, down.in_features], x.dtype,
         )  # fmt: skip
         return result.view(hidden_states.shape)

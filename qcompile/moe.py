@@ -68,9 +68,16 @@ def run_float_experts(
     )
 
 
-def gate_first(interleaved: Tensor) -> Tensor:
-    """Order the last dimension gate 0, gate 1 ..., up 0, up 1 ... instead of gate 0, up 0, gate 1 ..."""
-    return interleaved.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+def gate_first(interleaved: Tensor, dim: int = -1) -> Tensor:
+    """Order one dimension gate 0, gate 1 ..., up 0, up 1 ... instead of gate 0, up 0, gate 1 ..."""
+    dim %= interleaved.dim()
+    return interleaved.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def gate_by_gate(first: Tensor, dim: int = -1) -> Tensor:
+    """Inverse of ``gate_first``."""
+    dim %= first.dim()
+    return first.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def grouped_float(rows: Tensor, ends: Tensor, weight: Tensor, transposed: bool) -> Tensor:

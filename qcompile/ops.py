@@ -16,11 +16,15 @@ from torch import Tensor
 from . import numerics, plugins
 from .errors import UnsupportedError
 from .gates import up_rows
-from .moe import run_experts, run_float_experts
+from .moe import grouped_float, run_experts, run_float_experts
 from .types import ActivationType, Scheme
 
 CODE_DTYPES = {"int": torch.int8, "fp8": torch.float8_e4m3fn, "mxfp8": torch.float8_e4m3fn}
 """What ``quantize`` returns codes in; the fp4 formats give their values, in float32."""
+
+
+FLOAT = "float"
+"""Scheme and kernel of a projection of experts that stays float; its one tensor is the weight [experts, out, in]."""
 
 
 @functools.cache
@@ -133,13 +137,15 @@ def compute_experts(
     x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
 ):
     """What ``qcompile::quant_experts`` computes, in traceable torch code."""
-    parsed = [scheme_of(scheme) for scheme in schemes.split("|")]
-    chosen = [find_kernel(kernel) for kernel in kernels.split("|")]
+    parsed = [None if scheme == FLOAT else scheme_of(scheme) for scheme in schemes.split("|")]
     experts, hidden, intermediate = sizes
     outputs = (up_rows(activation, intermediate), hidden)
 
     def product(i: int, weight: list[Tensor]):
-        return lambda rows, ends: chosen[i].grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
+        if parsed[i] is None:
+            return lambda rows, ends: grouped_float(rows[0], ends, weight[0], False)
+        kernel = find_kernel(kernels.split("|")[i])
+        return lambda rows, ends: kernel.grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
 
     return run_experts(
         x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,
@@ -170,7 +176,7 @@ def quant_experts(
     ids          int64 [tokens, k], the chosen experts; routing: float [tokens, k], their weights
     up, down     the tensors of the two projections in the layouts of ``kernels``, "up|down"; up makes gate and up
                  together, gate first; params are their static scales or clips, [experts] each
-    schemes      "up|down"; activation: a name of ``gates``; sizes: [experts, hidden, intermediate]
+    schemes      "up|down", each may be "float"; activation: a name of ``gates``; sizes: [experts, hidden, intermediate]
 
     The definition is ``moe.run_experts``.
     """

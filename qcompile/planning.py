@@ -92,11 +92,14 @@ def _plan_site(config: QuantConfig, site: Site, backend: Backend) -> PlannedSite
         if rule:
             raise UnsupportedError(f"{site.name} cannot be {scheme} on {backend.name}, as a rule asks: {refusals}")
         return PlannedSite(site, None, f"{backend.name} cannot run {scheme}: {refusals}", bytes_after=site.float_bytes)
+    method = (rule and rule.method) or config.method
+    if reason := plugins.find("methods", method).refuses(scheme):
+        raise UnsupportedError(f"{site.name} cannot be {scheme} by method {method!r}: {reason}")
     return PlannedSite(
         site,
         scheme,
         f"{f'rule {rule.match!r}' if rule else 'default'}{f'; {refusals}' if refusals else ''}",
-        method=(rule and rule.method) or config.method,
+        method=method,
         options=tuple(sorted((rule.options or config.options if rule else config.options).items())),
         kernel=f"{backend.name}.{kernel.name}",
         bytes_after=kernel.nbytes(site, scheme),
@@ -108,7 +111,7 @@ def _why_float(config: QuantConfig, rule: Rule | None, site: Site) -> str:
     wanted = rule.scheme if rule else config.scheme
     if wanted == FLOAT:
         return f"rule {rule.match!r} keeps it float" if rule else "the config keeps everything float"
-    if rule is None and site.role != "linear":
+    if rule is None and site.role in ("lm_head", "router"):
         return f"it is {'the' if site.role == 'lm_head' else 'a'} {site.role}; a rule {site.role!r} would quantize it"
     obstacle = site.obstacle
     if not obstacle and site.dtype not in _DTYPES:

@@ -274,12 +274,12 @@ def _forms(form: BlockForm, block: nn.Module, probe: _Probe, count: int) -> Iter
     for i, logits in tensors:
         if not logits.is_floating_point() or logits.numel() != tokens * count:
             continue
-        for top_k, early, bias, scores, weights, precise in product(
+        for top_k, early, bias, scores, finish, precise in product(
             counts, (False, True), biases, ("softmax", "sigmoid", "none"), ("sum", "none", "softmax", "sigmoid"),
             (True, False),
         ):  # fmt: skip
-            chosen = {"scores": scores, "weights": weights, "precise": precise, "top_k": top_k}
-            yield replace(form, logits=i, at_input=early, bias=bias, **chosen)
+            tried = replace(form, logits=i, top_k=top_k, at_input=early, bias=bias)
+            yield replace(tried, scores=scores, weights=finish, precise=precise)
 
 
 def _with_scale(form: BlockForm, probe: _Probe, numbers: tuple[float, ...]) -> BlockForm:

@@ -206,6 +206,8 @@ def attribute(module: GraphModule, graph: torch.fx.Graph, name: str, tensor: Ten
     *path, leaf = f"{PREFIX}.{name}".split(".")
     owner: nn.Module = module
     for part in path:
+        if isinstance(getattr(owner, part, None), Tensor):  # a float weight, whose readers are about to be replaced
+            delattr(owner, part)
         if not hasattr(owner, part):
             owner.add_module(part, nn.Module())
         owner = getattr(owner, part)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qcompile.errors import TraceError, UnsupportedError
 from qcompile.experts import find_experts
-from qcompile.float_experts import read_bias, read_weight
+from qcompile.float_experts import read
 from qcompile.trace import bind, trace, walk
 
 SHAPES = ((2, 16), (1, 1), (3, 9))
@@ -101,12 +101,12 @@ class TestFamilies:
         model = tiny_moe("gpt_oss")
         layout = find_experts(model)[0]
         experts = model.model.layers[0].mlp.experts
-        up = read_weight(model, layout, 0)
+        up = read(experts, layout, 0)
         assert up.shape == (8, 128, 128)
         assert torch.equal(up[:, :64], experts.gate_up_proj[..., ::2].transpose(1, 2))
         assert torch.equal(up[:, 64:], experts.gate_up_proj[..., 1::2].transpose(1, 2))
-        assert torch.equal(read_weight(model, layout, 1), experts.down_proj.transpose(1, 2))
-        assert torch.equal(read_bias(model, layout, 0)[:, 64:], experts.gate_up_proj_bias[:, 1::2])
+        assert torch.equal(read(experts, layout, 1), experts.down_proj.transpose(1, 2))
+        assert torch.equal(read(experts, layout, 0, "bias")[:, 64:], experts.gate_up_proj_bias[:, 1::2])
 
 
 def _is_sparse(layer: nn.Module) -> bool:
@@ -139,8 +139,9 @@ class TestLists:
         tensors = model.state_dict()
         for found in traced.experts:
             for i, projection in enumerate(found.projections):
-                tensors[f"{found.name}.{projection}"] = read_weight(model, found, i)
-                if (bias := read_bias(model, found, i)) is not None:
+                experts = model.get_submodule(found.name)
+                tensors[f"{found.name}.{projection}"] = read(experts, found, i)
+                if (bias := read(experts, found, i, "bias")) is not None:
                     tensors[f"{found.name}.{projection}_bias"] = bias
         runnable = bind(traced.graph, _Tensors(tensors))
         for shape in SHAPES:
