@@ -37,7 +37,7 @@ class NPUKernel(Kernel):
             return f"computes {self.what}, not {scheme}"
         reasons = violations(self.rules, site, scheme)
         if self.nz and reasons:
-            return f"as {self.name.removesuffix('_nz')}"
+            return f"the same as {self.name.removesuffix('_nz')}"
         return reasons or violations(self.nz_rules if self.nz else (), site, scheme)
 
     def can_express(self, scheme: Scheme) -> bool:
