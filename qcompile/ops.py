@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,14 @@ def find_kernel(name: str):
     return plugins.find("backends", backend).kernel(kernel)
 
 
+def computes_itself(name: str, device: str, *arguments: Any) -> Callable | None:
+    """What a device computes such a call of the op ``name`` with, None where it leaves that to the definition."""
+    if device not in plugins.names("backends"):
+        return None
+    operation = getattr(plugins.find("backends", device), "operations", {}).get(name)
+    return None if operation is None or operation.refuses(*arguments) else operation.compute
+
+
 @torch.library.custom_op("qcompile::linear", mutates_args=())
 def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, scheme: str, kernel: str, out_features: int) -> Tensor:
     """``x @ W.T + bias`` with a quantized weight and float activations: x [..., in] -> [..., out] in x's dtype."""
@@ -64,6 +74,11 @@ def quantize(x: Tensor, params: list[Tensor], activation: str) -> list[Tensor]:
     activation: ``str(ActivationType)``; params: what ``PackedWeight.activation_tensors`` holds. The definition is
     ``numerics.quantize_activation``.
     """
+    own = computes_itself("quantize", x.device.type, x, params, activation)
+    return own(x, params, activation) if own else _quantized(x, params, activation)
+
+
+def _quantized(x: Tensor, params: list[Tensor], activation: str) -> list[Tensor]:
     return numerics.quantize_activation(x.contiguous(), activation_of(activation), params)
 
 
@@ -121,7 +136,8 @@ def experts(
 
     The definition is ``moe.run_float_experts``. It is what marks experts in a traced graph.
     """
-    return run_float_experts(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, interleaved)
+    arguments = (x, ids, routing, up, up_bias, down, down_bias, activation, transposed, interleaved)
+    return (computes_itself("experts", x.device.type, *arguments) or run_float_experts)(*arguments)
 
 
 @experts.register_fake
@@ -182,10 +198,11 @@ def quant_experts(
     """
     if os.environ.get("QCOMPILE_DEBUG"):
         check_ids(ids, sizes[0])
-    return compute_experts(
+    arguments = (
         x, ids, routing, up, up_bias, up_params, down, down_bias, down_params,
         schemes, kernels, activation, sizes, dtype,
     )  # fmt: skip
+    return (computes_itself("quant_experts", ids.device.type, *arguments) or compute_experts)(*arguments)
 
 
 @quant_experts.register_fake
