@@ -63,7 +63,7 @@ def fuse(model: nn.Module, layouts: Iterable[ExpertsLayout]) -> None:
         for projection in (0, 1):
             weight, bias = (read(module, layout, projection, kind) for kind in ("weight", "bias"))
             made.append(FloatWeight(cast(Tensor, weight), bias))
-            for owner, leaf in _places(module, layout, projection, "weight", "bias"):
+            for owner, leaf in slots(module, layout, projection, "weight", "bias"):
                 empty = torch.empty_like(getattr(owner, leaf), device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
         up, down = zip(layout.projections, made, strict=True)
@@ -97,9 +97,18 @@ def projections(layouts: Iterable[ExpertsLayout]) -> Mapping[str, tuple[ExpertsL
     return {f"{layout.name}.{name}": (layout, i) for layout in layouts for i, name in enumerate(layout.projections)}
 
 
+def slots(module: nn.Module, layout: ExpertsLayout, projection: int, *kinds: str) -> Iterator[tuple[nn.Module, str]]:
+    """Where float experts hold a projection, each "weight" or each "bias": (module, name of the parameter in it)."""
+    for kind in kinds:
+        names = layout.arithmetic.biases if kind == "bias" else layout.arithmetic.weights
+        for owner in cast(Any, module) if layout.listed else (module,):
+            for name in names[-1:] if projection else names[:-1]:
+                yield (owner.get_submodule(name), kind) if layout.listed else (owner, name)
+
+
 def parts(module: nn.Module, layout: ExpertsLayout, projection: int, kind: str = "weight") -> list[Tensor]:
     """The parameters, each a "weight" or each a "bias", from which the float experts ``module`` make a projection."""
-    return [getattr(owner, leaf) for owner, leaf in _places(module, layout, projection, kind)]
+    return [getattr(owner, leaf) for owner, leaf in slots(module, layout, projection, kind)]
 
 
 @torch.no_grad()
@@ -123,23 +132,28 @@ def read(module: nn.Module, layout: ExpertsLayout, projection: int, kind: str = 
     return gate_first(result, 1) if form.interleaved and not projection else result
 
 
-def _write(module: nn.Module, layout: ExpertsLayout, projection: int, kind: str, tensor: Tensor) -> None:
-    """Inverse of ``read``."""
-    places, form = list(_places(module, layout, projection, kind)), layout.arithmetic
+def held_tensors(layout: ExpertsLayout, projection: int, part: FloatWeight) -> Iterator[tuple[str, Tensor]]:
+    """A float projection as the module of ``layout`` held it: names of its parameters there, and their values."""
+    form = layout.arithmetic
+    for kind, names, tensor in (("weight", form.weights, part.weight), ("bias", form.biases, part.bias)):
+        own = names[-1:] if projection else names[:-1]
+        labels = [f"{i}.{name}.{kind}" for i in range(layout.experts) for name in own] if layout.listed else own
+        if tensor is not None:
+            yield from zip(labels, _as_held(layout, projection, kind, tensor.detach()), strict=True)
+
+
+def _as_held(layout: ExpertsLayout, projection: int, kind: str, tensor: Tensor) -> list[Tensor]:
+    """Inverse of ``read``: the values of the parameters that ``slots`` names."""
+    form = layout.arithmetic
     tensor = gate_by_gate(tensor, 1) if form.interleaved and not projection else tensor
     if layout.listed:
-        each = len(places) // layout.experts
-        values = [part.clone() for own in tensor for part in own.chunk(each)]
-    else:
-        values = [(tensor.transpose(1, 2) if form.transposed and kind == "weight" else tensor).contiguous()]
-    for (owner, leaf), value in zip(places, values, strict=True):
+        each = 1 if projection else len(form.weights) - 1
+        return [part.clone() for own in tensor for part in own.chunk(each)]
+    return [(tensor.transpose(1, 2) if form.transposed and kind == "weight" else tensor).contiguous()]
+
+
+def _write(module: nn.Module, layout: ExpertsLayout, projection: int, kind: str, tensor: Tensor) -> None:
+    """Inverse of ``read``."""
+    values = _as_held(layout, projection, kind, tensor)
+    for (owner, leaf), value in zip(slots(module, layout, projection, kind), values, strict=True):
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-def _places(module: nn.Module, layout: ExpertsLayout, projection: int, *kinds: str) -> Iterator[tuple[nn.Module, str]]:
-    """Where float experts hold a projection: (module, name of the parameter)."""
-    for kind in kinds:
-        names = layout.arithmetic.biases if kind == "bias" else layout.arithmetic.weights
-        for owner in cast(Any, module) if layout.listed else (module,):
-            for name in names[-1:] if projection else names[:-1]:
-                yield (owner.get_submodule(name), kind) if layout.listed else (owner, name)

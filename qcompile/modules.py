@@ -153,13 +153,17 @@ class QuantExperts(nn.Module):
         result = torch.ops.qcompile.quant_experts(
             parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k),
             up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),
-            f"{up.scheme or FLOAT}|{down.scheme or FLOAT}", f"{up.kernel}|{down.kernel}", self.activation,
+            f"{_scheme(up)}|{_scheme(down)}", f"{up.kernel}|{down.kernel}", self.activation,
             [up.shape[0], up.in_features, down.in_features], x.dtype,
         )  # fmt: skip
         return result.view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def _scheme(part: Projection) -> str:
+    return FLOAT if part.scheme is None else str(part.scheme)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 def combine(rows: Tensor, order: Tensor, routing: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32."""
     tokens, k = routing.shape
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     results = rows.index_select(0, place).view(tokens, k, rows.shape[-1])
     return (results.float() * routing.float()[..., None]).sum(1).to(dtype)
 
