@@ -77,7 +77,7 @@ class Calibration:
         if graph is None:
             self.runner: Runner = WholeModel(as_called(model, example_inputs), model, names)
         else:
-            self.runner = Segments(graph, model, names)
+            self.runner = Segments(graph, model, names, finely=self.sequential)
         self._parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def run(self, progress: bool | None = None) -> dict[str, SiteResult]:
@@ -138,9 +138,10 @@ class Calibration:
                 leaders[site].update(x)
 
         for index, values in enumerate(states):
-            after = self.runner.run(part, values, observe)
-            if not self.sequential:
-                states[index] = after
+            if self.sequential:
+                self.runner.look(part, values, observe)
+            else:
+                states[index] = self.runner.run(part, values, observe)
             advance(part.name)
         for site, statistics in leaders.items():
             _check(part, site, statistics)

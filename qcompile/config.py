@@ -21,7 +21,10 @@ from . import plugins
 from .errors import ConfigError, did_you_mean
 from .types import Scheme, Site
 
-PRESETS: dict[str, dict[str, Any]] = {"rtn": {"scheme": "w4a16_g128"}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "rtn": {"scheme": "w4a16_g128"},
+    "gptq": {"scheme": "w4a16_g128", "method": "gptq"},
+}
 """Preset names; any scheme name ("w8a16", "w4a16_g32_asym", "w8a8") is one as well, rounded to nearest."""
 
 FLOAT = "float"

@@ -8,7 +8,7 @@ signature of a block, and no cache is involved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,15 +57,20 @@ class Runner(Protocol):
         """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``."""
         ...
 
+    def look(self, part: Segment, values: Any, observe: Observer) -> None:
+        """Observe what the sites of a part read, as ``run`` does, and hand nothing on."""
+        ...
+
 
 class Segments:
     """The parts of ``graph`` that compute ``sites`` (names), over the modules and tensors of ``model`` as they are now.
 
     A node that computes one of the sites calls the module of that name, so quantized modules take effect as soon as
-    they are installed; every other node runs as traced. Tensors of the model are read when a node needs them.
+    they are installed; every other node runs as traced. Tensors of the model are read when a node needs them. finely:
+    blocks are cut again before sites that read something else than the site before (q, k and v; o; gate and up; down).
     """
 
-    def __init__(self, graph: GraphModule, model: nn.Module, sites: Iterable[str]) -> None:
+    def __init__(self, graph: GraphModule, model: nn.Module, sites: Iterable[str], *, finely: bool = False) -> None:
         self.model, self.graph = model, graph
         wanted, first = frozenset(sites), first_names(model)
         calls = {
@@ -76,7 +81,7 @@ class Segments:
             and (name := first.get(module_name(node), "")) in wanted
         }
         nodes = _executed(graph, calls)
-        self.parts = _cut(nodes, calls)
+        self.parts = _cut(nodes, calls, finely)
         self._done_after = _last_uses(nodes, calls)
 
     def start(self, inputs: tuple[Any, ...]) -> Values:
@@ -84,17 +89,34 @@ class Segments:
         placeholders = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         return dict(zip(placeholders, inputs, strict=True))
 
-    @torch.no_grad()
     def run(self, part: Segment, values: Values, observe: Observer | None = None) -> Values:
         """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``."""
-        values = _own_copy(values) if any(_mutates(node) for node in part.nodes) else dict(values)
-        for node in part.nodes:
+        return self._run(part, part.nodes, frozenset(part.nodes), values, observe)
+
+    def look(self, part: Segment, values: Values, observe: Observer) -> None:
+        """Observe what the sites of a part read, and compute nothing else."""
+        computed: set[Node] = set()
+        for node in reversed(part.nodes):
+            if node in part.calls:
+                computed.add(node.all_input_nodes[0])
+            elif node in computed or (computed and _mutates(node)):
+                computed |= {node, *node.all_input_nodes}
+        nodes = [node for node in part.nodes if node in computed or node in part.calls]
+        self._run(part, nodes, computed, values, observe)
+
+    @torch.no_grad()
+    def _run(
+        self, part: Segment, nodes: Sequence[Node], computed: Set[Node], values: Values, observe: Observer | None
+    ) -> Values:
+        values = _own_copy(values) if any(_mutates(node) for node in nodes) else dict(values)
+        for node in nodes:
             site = part.calls.get(node)
             if site is not None:
                 x = self._value(node.all_input_nodes[0], values)
                 if observe is not None:
                     observe(site, x)
-                values[node] = self.model.get_submodule(site)(x)
+                if node in computed:
+                    values[node] = self.model.get_submodule(site)(x)
             else:
                 args: Any = map_arg(node.args, lambda n: self._value(n, values))
                 kwargs: Any = map_arg(node.kwargs, lambda n: self._value(n, values))
@@ -131,6 +153,10 @@ class WholeModel:
     def start(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What the only part begins with."""
         return inputs
+
+    def look(self, part: Segment, values: tuple[Any, ...], observe: Observer) -> None:
+        """Run the model, observed."""
+        self.run(part, values, observe)
 
     @torch.no_grad()
     def run(self, part: Segment, values: tuple[Any, ...], observe: Observer | None = None) -> tuple[Any, ...]:
@@ -171,21 +197,28 @@ def _reads(user: Node, node: Node, calls: dict[Node, str]) -> bool:
     return node is user.all_input_nodes[0] if user in calls else True
 
 
-def _cut(nodes: list[Node], calls: dict[Node, str]) -> list[Segment]:
-    """Cut where the decoder block changes, unless a site is computed on both sides; each part has a site."""
+def _cut(nodes: list[Node], calls: dict[Node, str], finely: bool) -> list[Segment]:
+    """Cut where the decoder block (finely: or what sites read) changes, unless a site is computed on both sides.
+
+    Each part has a site.
+    """
     spans: dict[str, tuple[int, int]] = {}
-    starts, block = {}, ""
+    starts: list[int] = []
+    block, source = "", None
     for index, node in enumerate(nodes):
         if node in calls:
             spans[calls[node]] = (spans.get(calls[node], (index, 0))[0], index)
+            if finely and node.all_input_nodes[0] is not source:
+                starts.append(index)
+            source = node.all_input_nodes[0]
         if (name := module_name(node)) and block_name(name) != block:
             block = block_name(name)
-            starts[index] = block
+            starts.append(index)
     inside = [range(first + 1, last + 1) for first, last in spans.values()]
-    cuts = [0, *(index for index in starts if index and not any(index in span for span in inside)), len(nodes)]
+    cuts = [index for index in starts if not any(index in span for span in inside)]
     parts: list[Segment] = []
     begin = 0
-    for end in cuts[1:]:
+    for end in [*cuts, len(nodes)]:
         own = {node: calls[node] for node in nodes[begin:end] if node in calls}
         if own:
             reads: dict[str, tuple[Node, ...]] = {}

@@ -144,21 +144,21 @@ class TestClip:
 
 
 class TestSegments:
-    @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi3", "glm4", "gpt2"])
+    @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi3", "glm4"])
     def test_sites_read_what_the_model_gives_them(self, family):
         model = tiny_model(family, torch.float32)
-        traced = trace(model)
-        segments = Segments(traced.graph, model, [site.name for site in traced.sites if not site.obstacle])
-        batch = ids(3, 20)
-        expected, seen = inputs_of(model, input_ids=batch, use_cache=False), {}
-        values = segments.start((batch,))
-        for part in segments.parts:
-            again = segments.run(part, values)
-            values = segments.run(part, values, lambda name, x: seen.setdefault(name, x))
-            assert all(torch.equal(value, values[node]) for node, value in again.items() if hasattr(value, "shape"))
-        assert not values or family == "gpt2"
-        assert seen.keys() == expected.keys()
-        assert all(torch.equal(x, expected[name]) for name, x in seen.items())
+        traced, batch = trace(model), ids(3, 20)
+        expected = inputs_of(model, input_ids=batch, use_cache=False)
+        for finely in (False, True):
+            segments = Segments(traced.graph, model, [site.name for site in traced.sites], finely=finely)
+            seen, looked = {}, {}
+            values = segments.start((batch,))
+            for part in segments.parts:
+                segments.look(part, values, lambda name, x, looked=looked: looked.setdefault(name, x))
+                values = segments.run(part, values, lambda name, x, seen=seen: seen.setdefault(name, x))
+            assert not values
+            assert seen.keys() == looked.keys() == expected.keys()
+            assert all(torch.equal(x, expected[name]) and torch.equal(x, looked[name]) for name, x in seen.items())
 
     def test_a_part_is_a_block(self):
         model = tiny_model(tie_word_embeddings=True)
@@ -167,6 +167,14 @@ class TestSegments:
         assert [(part.name, len(part.sites)) for part in parts] == [
             ("model.layers.0", 7), ("model.layers.1", 7), ("", 1)
         ]  # fmt: skip
+
+    def test_a_fine_part_reads_one_thing(self):
+        model = tiny_model()
+        traced = trace(model)
+        parts = Segments(traced.graph, model, [site.name for site in traced.sites], finely=True).parts
+        sites = [(part.name, [site.rpartition(".")[2][:-5] for site in part.sites]) for part in parts]
+        block = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+        assert sites == [*((f"model.layers.{i}", names) for i in (0, 1) for names in block), ("", ["lm"])]
 
     def test_a_site_that_is_called_twice_is_in_one_part(self):
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())

@@ -19,6 +19,10 @@ class Method(Protocol):
         """Raise ConfigError for an option that does not exist or has a wrong value."""
         ...
 
+    def refuses(self, scheme: Scheme) -> str:
+        """Why this method cannot make such weights; "" when it can."""
+        ...
+
     def needs(self, scheme: Scheme, options: dict[str, object]) -> Needs:
         """What must be known of a site's inputs; ``Needs()`` when the weight is enough."""
         ...

@@ -29,6 +29,10 @@ class RoundToNearest:
             if value not in self.options[key]:
                 raise ConfigError(f"option {key!r} of method 'rtn' must be one of {self.options[key]}, not {value!r}")
 
+    def refuses(self, scheme: Scheme) -> str:
+        """Everything can be rounded to."""
+        return ""
+
     def needs(self, scheme: Scheme, options: dict[str, object]) -> Needs:
         """Nothing."""
         return Needs()
