@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, FormatError, UnsupportedError, shortened
-from .modules import QuantWeight
+from .modules import FloatWeight, QuantWeight
 from .storage import CONFIG, write_json
 
 _GENERATION = "generation_config.json"
@@ -151,17 +151,17 @@ class Slot:
                 module._buffers[key] = tensor
 
 
-def slots(model: nn.Module, replaced: Container[nn.Module] = ()) -> list[Slot]:
-    """The slots of ``model``, in its order: none for a QuantWeight, nor for the weight of a module in ``replaced``."""
+def slots(model: nn.Module, without: Container[tuple[int, str]] = ()) -> list[Slot]:
+    """The slots of ``model``, in its order: none of a quantized or fused weight, nor of (id of a module, key)."""
     found: dict[Any, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantWeight):
+        if isinstance(module, QuantWeight | FloatWeight):
             continue
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             name = f"{prefix}.{key}".lstrip(".")
             if tensor is None or key in module._non_persistent_buffers_set:
                 continue
-            if key == "weight" and module in replaced:
+            if (id(module), key) in without:
                 continue
             slot = found.setdefault(_identity(tensor), Slot(tensor))
             slot.names.append(name)
@@ -183,6 +183,32 @@ def _identity(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
+# ----------------------------------------------------------------------------------------------------------- norms
+
+
+def add_norm_bias(model: nn.Module, name: str) -> None:
+    """Let the norm called ``name`` add a bias to what it gives; its parameter ``bias`` is still to be filled.
+
+    Smoothing with a shift (ModelSlim's anti-outlier) moves the mean of activations there. FormatError where there is no
+    norm without a bias.
+    """
+    norm = dict(model.named_modules()).get(name)
+    weight = norm._parameters.get("weight") if norm is not None else None
+    if norm is None or weight is None or weight.dim() != 1 or getattr(norm, "bias", None) is not None:
+        raise FormatError(f"{name}.bias is stored, but {name} is no norm of the model that lacks a bias")
+    norm.register_parameter("bias", nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
+    norm.register_forward_hook(_add_bias)
+
+
+def shifted_norms(model: nn.Module) -> list[str]:
+    """Names of the norms that ``add_norm_bias`` changed."""
+    return [name for name, module in model.named_modules() if _add_bias in module._forward_hooks.values()]
+
+
+def _add_bias(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output + norm.bias.to(output.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
@@ -192,15 +218,11 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {next((n for n in s.names if n not in targets), s.names[0]): s.tensor for s in slots(model)}
 
 
-def check_names(model: Any) -> None:
-    """UnsupportedError when transformers stores this architecture under names or shapes that its modules lack."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if get_model_conversion_mapping(model, add_legacy=False):
-        raise UnsupportedError(
-            f"{type(model).__name__} is stored in another form than its modules have (experts one by one, renamed "
-            "parts); saving such models is not supported yet"
-        )
+def matrices(model: nn.Module) -> list[str]:
+    """Names of the float weight matrices that take part in products: of Linears, and of routers, which may be none."""
+    owners = ((name, module) for name, module in model.named_modules() if not isinstance(module, nn.Embedding))
+    weights = ((name, module._parameters.get("weight")) for name, module in owners)
+    return [f"{name}.weight".lstrip(".") for name, weight in weights if weight is not None and weight.dim() == 2]
 
 
 def write_config(model: Any, folder: Path, section: Mapping[str, Any] | None, untied: bool) -> None:

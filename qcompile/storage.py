@@ -8,7 +8,9 @@ read; its data are read plainly rather than mapped, so that memory holds what wa
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,9 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_STEM, _SUFFIX, _INDEX = "model", ".safetensors", ".safetensors.index.json"
+_SINGLE, _PICKLE_INDEX = _STEM + _SUFFIX, "pytorch_model.bin.index.json"
+_PATTERNS = (_STEM, f"{_STEM}-*", "quant_model_weight*", "gptq_model*", "*")  # names of files without index, in turn
 CONFIG, PLAIN_CONFIG = "config.json", "qcompile.json"
 _UNFINISHED, _REPLACED = ".qcompile-partial", ".qcompile-replaced"
 
@@ -40,10 +44,11 @@ _UNFINISHED, _REPLACED = ".qcompile-partial", ".qcompile-replaced"
 class Folder:
     """A checkpoint folder: its config, and the headers of its tensors. Use as a context manager.
 
-    Raises FormatError that names the file for anything that is missing, truncated, contradictory or outside.
+    allow_pickle: also take weights that torch pickled, read by ``torch.load(weights_only=True)``. FormatError names the
+    file of anything that is missing, truncated, contradictory or outside.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         self.path = path
         _refuse_leftovers(path)
         named = [name for name in (CONFIG, PLAIN_CONFIG) if (path / name).is_file()]
@@ -54,8 +59,8 @@ class Folder:
         self.headers: dict[str, TensorHeader] = {}
         self._offsets: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
-        index = _tensor_files(path)
-        for file, expected in index.items():
+        self._pickles: dict[str, dict[str, Tensor]] = {}
+        for file, expected in _tensor_files(path, allow_pickle).items():
             self._add(file, expected)
 
     def __enter__(self) -> Folder:
@@ -65,37 +70,45 @@ class Folder:
         for file in self._open.values():
             file.close()
         self._open.clear()
+        self._pickles.clear()
 
-    def read(self, name: str) -> Tensor:
-        """Load one tensor into memory of its own."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Load one tensor, or what it has at ``index`` of its first dimension, into memory of its own."""
         header = self.headers[name]
-        dtype = DTYPES[header.dtype]
-        size = dtype.itemsize
-        for length in header.shape:
-            size *= length
+        if header.file in self._pickles:
+            tensor = self._pickles[header.file][name]
+            return (tensor if index is None else tensor[index]).clone(memory_format=torch.contiguous_format)
+        dtype, shape = DTYPES[header.dtype], header.shape if index is None else header.shape[1:]
+        size = math.prod(shape) * dtype.itemsize
         if not size:
-            return torch.empty(header.shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         if header.file not in self._open:
             self._open[header.file] = (self.path / header.file).open("rb")
         file = self._open[header.file]
         buffer = bytearray(size)
-        file.seek(self._offsets[name])
+        file.seek(self._offsets[name] + (index or 0) * size)
         if file.readinto(buffer) != size:  # type: ignore[attr-defined]
             raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
-        return torch.frombuffer(buffer, dtype=dtype).view(header.shape)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     def _add(self, file: str, expected: set[str] | None) -> None:
         path = self.path / file
-        entries, data = _header(path)
-        if expected is not None and (wrong := expected ^ entries.keys()):
-            raise FormatError(f"{path} and {_INDEX} disagree about {shortened(wrong)}")
-        for name, entry in entries.items():
+        if file.endswith(_SUFFIX):
+            entries, data = _header(path)
+            found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+            self._offsets |= {name: data + entry["data_offsets"][0] for name, entry in entries.items()}
+        else:
+            self._pickles[file] = _unpickled(path)
+            named = self._pickles[file].items()
+            found = {name: (_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in named}
+        if expected is not None and (wrong := expected ^ found.keys()):
+            raise FormatError(f"{path} and its index disagree about {shortened(wrong)}")
+        for name, (dtype, shape) in found.items():
             if name in self.headers:
                 raise FormatError(f"{name} is stored twice: in {self.headers[name].file} and in {file}")
-            if entry["dtype"] not in DTYPES:
-                raise FormatError(f"{path}: {name} has the dtype {entry['dtype']}, which this torch does not have")
-            self.headers[name] = TensorHeader(name, entry["dtype"], tuple(entry["shape"]), file)
-            self._offsets[name] = data + entry["data_offsets"][0]
+            if dtype not in DTYPES:
+                raise FormatError(f"{path}: {name} has the dtype {dtype}, which this torch does not have")
+            self.headers[name] = TensorHeader(name, dtype, shape, file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,32 +122,68 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensor_files(path: Path) -> dict[str, set[str] | None]:
-    """The safetensors files of a folder, with the names that an index expects in each (None without an index)."""
-    index, single = path / _INDEX, path / _SINGLE
-    if not index.is_file():
-        if single.is_file():
-            return {_SINGLE: None}
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
-        if pickles:
-            raise FormatError(
-                f"{path} holds its weights as pickles ({shortened(pickles)}), which can run any code when opened and "
-                "are not read; save them as safetensors first"
-            )
-        raise FormatError(f"{path} holds neither {_SINGLE} nor {_INDEX}")
+def _tensor_files(path: Path, allow_pickle: bool) -> dict[str, set[str] | None]:
+    """The tensor files of a folder, with the names that an index expects in each (None without an index)."""
+    indexes, single = sorted(path.glob(f"*{_INDEX}")), path / _SINGLE
+    if indexes:
+        index = next((index for index in indexes if index.name == _STEM + _INDEX), indexes[0])
+        if len(indexes) > 1 and index.name != _STEM + _INDEX:
+            raise FormatError(f"{path} holds several indexes: {shortened(index.name for index in indexes)}")
+        files = _indexed(path, index, _SUFFIX)
+        if single.is_file() and _SINGLE not in files:
+            raise FormatError(f"{path} holds both {_SINGLE} and {index.name}, which does not mention it; delete it")
+        return files
+    for pattern in _PATTERNS:
+        if found := sorted(file.name for file in path.glob(pattern + _SUFFIX)):
+            return dict.fromkeys(_series(path, found), None)
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if not pickles:
+        raise FormatError(f"{path} holds neither {_SINGLE} nor {_STEM}{_INDEX}")
+    if not allow_pickle:
+        raise FormatError(
+            f"{path} holds its weights as pickles ({shortened(pickles)}), which can run any code when opened and are "
+            "not read; save them as safetensors first, or pass allow_pickle=True to have torch.load(weights_only=True) "
+            "read them"
+        )
+    index = path / _PICKLE_INDEX
+    return _indexed(path, index, ".bin") if index.is_file() else dict.fromkeys(_series(path, pickles), None)
+
+
+def _indexed(path: Path, index: Path, suffix: str) -> dict[str, set[str] | None]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, Mapping) or not names:
         raise FormatError(f"{index} has no weight_map")
     files: dict[str, set[str] | None] = {}
     for name, file in names.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise FormatError(f"{index} places {name} in {file!r}, which is not a safetensors file of this folder")
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(suffix):
+            raise FormatError(f"{index} places {name} in {file!r}, which is not a {suffix[1:]} file of this folder")
         expected = files.setdefault(file, set())
         assert expected is not None
         expected.add(name)
-    if single.is_file() and _SINGLE not in files:
-        raise FormatError(f"{path} holds both {_SINGLE} and {_INDEX}, which does not mention it; delete the stale one")
     return dict(sorted(files.items()))
+
+
+def _series(path: Path, files: list[str]) -> list[str]:
+    """``files``, which must be one, or all of a numbered series."""
+    numbered = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.\w+", file) for file in files]
+    series = {(match[1], int(match[3])) for match in numbered if match}
+    if len(files) > 1 and not (all(numbered) and series == {(numbered[0][1], len(files))}):  # type: ignore[index]
+        raise FormatError(f"{path} holds {shortened(files)}, but no index that says which of them belong together")
+    return files
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors that torch pickled, mapped from the file where its format allows that; no code is run."""
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of old versions cannot be mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can make the unpickler raise anything
+        raise FormatError(f"{path} is not a file of tensors alone: {error}") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise FormatError(f"{path} must hold tensors by name, and nothing else")
+    return dict(tensors)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -172,10 +221,11 @@ class ShardWriter:
 
     header_room: bytes kept for the header of each file, since it precedes data that are not known yet; a shard ends
     when either is full. Data stay aligned to 8 bytes: what has another size waits, in memory, for the shard's end.
+    stem: how the files are called; a single one of the stem "model" needs neither number nor index.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int, header_room: int) -> None:
-        self._folder, self._shard_bytes, self._room = folder, shard_bytes, header_room
+    def __init__(self, folder: Path, shard_bytes: int, header_room: int, stem: str = _STEM) -> None:
+        self._folder, self._shard_bytes, self._room, self._stem = folder, shard_bytes, header_room, stem
         self._file: BinaryIO | None = None
         self._entries: dict[str, Any] = {}
         self._waiting: list[tuple[str, Tensor]] = []
@@ -210,16 +260,16 @@ class ShardWriter:
         if self._file is None and not self._shards:
             raise ConfigError("there is no tensor to save")
         self._close()
-        if len(self._shards) == 1:
+        if len(self._shards) == 1 and self._stem == _STEM:
             self._shards[0][0].rename(self._folder / _SINGLE)
             return
         places = {}
         for i, (path, names) in enumerate(self._shards, 1):
-            final = f"model-{i:05}-of-{len(self._shards):05}.safetensors"
+            final = f"{self._stem}-{i:05}-of-{len(self._shards):05}{_SUFFIX}"
             path.rename(self._folder / final)
             places.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": places}
-        write_json(self._folder / _INDEX, index)
+        write_json(self._folder / f"{self._stem}{_INDEX}", index)
 
     def close(self) -> None:
         """Let go of the open file, finished or not."""
@@ -294,7 +344,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def _may_be_replaced(folder: Path) -> bool:
     files = {file.name for file in folder.iterdir()}
-    return not files or bool(files & {CONFIG, PLAIN_CONFIG, _SINGLE, _INDEX})
+    return not files or bool(files & {CONFIG, PLAIN_CONFIG, _SINGLE, _STEM + _INDEX})
 
 
 def _sync(path: Path) -> None:

@@ -378,14 +378,15 @@ def test_the_side_file_serves_when_config_has_no_section(checkpoint, copied):
         qcompile.load(copied)
 
 
-def test_biases_of_zeros_that_the_model_does_not_have(checkpoint, copied):
-    """AutoGPTQ stored them for every Linear."""
+def test_biases_that_the_model_does_not_have(checkpoint, copied):
+    """AutoGPTQ stored zeros for every Linear; others, of smoothing with a shift, count."""
     name = "model.layers.0.mlp.up_proj.bias"
     change(copied, lambda tensors: tensors.update({name: torch.zeros(256, dtype=torch.float16)}))
     assert torch.equal(logits(qcompile.load(copied)), logits(checkpoint[0]))
     change(copied, lambda tensors: tensors[name].add_(1))
-    with pytest.raises(FormatError, match=r"model\.safetensors: .*up_proj\.bias is not zero, but .* has no bias"):
-        qcompile.load(copied)
+    loaded = qcompile.load(copied)
+    assert torch.equal(loaded.get_submodule(name.removesuffix(".bias")).bias, torch.ones(256, dtype=torch.bfloat16))
+    assert not torch.equal(logits(loaded), logits(checkpoint[0]))
 
 
 def test_biases_are_kept(tmp_path):

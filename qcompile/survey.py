@@ -1,0 +1,346 @@
+"""A checkpoint and the model it belongs to: which tensor goes where, checked before any is read, then read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import parts, skeleton
+from .config import QuantConfig
+from .detection import detect_format, with_side_file
+from .errors import ConfigError, FormatError, UnsupportedError, shortened
+from .experts import find_experts
+from .float_experts import fuse, projections, slots
+from .formats import StoredSite, TensorHeader
+from .kernels import Backend, choose
+from .modules import FloatWeight, module_of, quantized_modules, replace_module
+from .progress import progress_bar
+from .sites import walk_sites
+from .skeleton import Slot
+from .storage import CONFIG, DTYPES, Folder
+from .streaming import plan_stream, quantize_stored
+from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
+
+STORED = "stored"  # the method of a site that came from a checkpoint
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+class Survey:
+    """What a checkpoint holds for a model. Making one reads no weights; ``load_floats`` and then ``load_sites`` do.
+
+    settings: how to quantize a float checkpoint while it is read.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        backend: Backend,
+        device: str,
+        model: nn.Module | None,
+        cast: torch.dtype | None,
+        settings: QuantConfig | None = None,
+    ) -> None:
+        self.folder, self.device, self.cast = folder, device, cast
+        self.dtype = cast or _main_dtype(folder)
+        config = with_side_file(folder)
+        self.format = detect_format(folder, config)
+        if model is None and folder.is_plain:
+            raise ConfigError(
+                f"{folder.path} holds a plain module ({folder.config.get('model')}), not a transformers model: "
+                "pass the float module as model="
+            )
+        self.model = model if model is not None else skeleton.build(folder.path, self.dtype)
+        if present := quantized_modules(self.model):
+            raise ConfigError(f"the model to fill is quantized already ({shortened(present)}); pass the float one")
+        self.layouts = find_experts(self.model)
+        self.of_experts = projections(self.layouts)
+        self.sites = [dataclasses.replace(site, dtype=self.dtype) for site in walk_sites(self.model, self.layouts)]
+        self.renamed = self._add_norm_biases(config)
+        shapes = {name: tuple(slot.tensor.shape) for slot in skeleton.slots(self.model) for name in slot.names}
+        self.parts = parts.stored_parts(self.model, shapes)
+        self.pieces = {site.name: self._pieces_of(site) for site in self.sites}
+        self.weights = self._find_weights(config)
+        self.slots = self._slots_without(self.weights)
+        self.extra_biases: set[str] = set()
+        notes = self._check_names()
+        if settings is None:
+            self.plan = self._plan(backend, notes)
+        else:
+            self._by_name = {name: slot for slot in self.slots for name in slot.names}
+            self.plan = plan_stream(self, settings)
+            self.slots = self._slots_without(p.site.name for p in self.plan.quantized)
+
+    # ---------------------------------------------------------------------------------------------------- what is there
+
+    def _add_norm_biases(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Give norms the biases that are stored for them; stored names of what norms have, by names in the model."""
+        if self.format is None:
+            return {}
+        renamed = dict(self.format.norm_biases(config, self.folder.headers))
+        for name in renamed:
+            norm, _, leaf = name.rpartition(".")
+            if leaf == "bias":
+                skeleton.add_norm_bias(self.model, norm)
+        return renamed
+
+    def _pieces_of(self, site: Site) -> parts.Pieces:
+        if site.kind == "linear":
+            return parts.linear_pieces(site.name, site.out_features, self.parts)
+        layout, projection = self.of_experts[site.name]
+        return parts.expert_pieces(layout, projection, self.parts)
+
+    def _find_weights(self, config: Mapping[str, Any]) -> dict[str, parts.StoredWeight]:
+        """The quantized weights of the checkpoint, by site."""
+        if self.format is None:
+            return {}
+        linears = {}
+        experts: set[str] = set()
+        for site in self.sites:
+            shapes = parts.linear_shapes(self.pieces[site.name], site.in_features)
+            linears |= shapes
+            experts |= shapes.keys() if site.kind == "experts" else set()
+        try:
+            found = {stored.name: stored for stored in self.format.sites(config, self.folder.headers, linears, experts)}
+            weights = [parts.gather(site, self.pieces[site.name], found) for site in self.sites]
+        except (FormatError, UnsupportedError) as error:
+            raise type(error)(f"{self.folder.path}: {error}") from None
+        return {weight.site.name: weight for weight in weights if weight is not None}
+
+    def _slots_without(self, names: Iterable[str]) -> list[Slot]:
+        """The float tensors but for the weights of these sites, and for biases that are stored with these."""
+        without: set[tuple[int, str]] = set()
+        for name in names:
+            weight = self.weights.get(name)
+            owns_bias = weight is not None and any(stored.owns_bias for stored in weight.stored.values())
+            if name not in self.of_experts:
+                keys = ("weight", "bias") if owns_bias else ("weight",)
+                without |= {(id(self.model.get_submodule(name)), key) for key in keys}
+                continue
+            layout, projection = self.of_experts[name]
+            module = self.model.get_submodule(layout.name)
+            without |= {(id(owner), key) for owner, key in slots(module, layout, projection, "weight")}
+            own = layout.arithmetic.biases[-1:] if projection else layout.arithmetic.biases[:-1]
+            if weight is not None and not all(f"{layout.name}.{bias}" in self.folder.headers for bias in own):
+                without |= {(id(owner), key) for owner, key in slots(module, layout, projection, "bias")}
+        return skeleton.slots(self.model, without)
+
+    # ------------------------------------------------------------------------------------------------------------ names
+
+    def _places(self, slot: Slot) -> tuple[list[str], Sequence[parts.Part]]:
+        """Stored names of a whole tensor, those that are there; or, if none is, the parts that it is stored in."""
+        names = [self.renamed.get(name, name) for name in slot.names]
+        present = [name for name in names if name in self.folder.headers]
+        stored = next((self.parts[name] for name in slot.names if name in self.parts), ())
+        if not present and stored and (len(stored) > 1 or stored[0].name in self.folder.headers):
+            return names, stored
+        return present or names, ()
+
+    def stored_name(self, name: str) -> str:
+        """Where a whole tensor of the model is stored; "" where it is stored in several parts."""
+        names, stored = self._places(self._by_name[name])
+        return names[0] if not stored else stored[0].name if len(stored) == 1 else ""
+
+    def _check_names(self) -> tuple[str, ...]:
+        """FormatError unless every stored tensor has a place of its shape, and every place a tensor."""
+        headers, path = self.folder.headers, self.folder.path
+        wanted: dict[str, tuple[Slot, tuple[int, ...]]] = {}
+        missing = []
+        for slot in self.slots:
+            names, stored = self._places(slot)
+            places = {part.name: part.shape for part in stored} or dict.fromkeys(names, tuple(slot.tensor.shape))
+            lacking = [name for name in places if name not in headers]
+            if stored or len(lacking) == len(places):
+                missing += lacking if stored else lacking[:1]
+            wanted |= {name: (slot, shape) for name, shape in places.items()}
+        consumed = {name for weight in self.weights.values() for name in weight.tensors}
+        patterns = [re.compile(pattern) for pattern in skeleton.ignored_patterns(self.model)]
+        unknown = headers.keys() - consumed - wanted.keys()
+        stored_linears = [name for weight in self.weights.values() for name in weight.stored]
+        self.extra_biases = {name for linear in stored_linears if (name := f"{linear}.bias") in unknown}
+        unknown -= self.extra_biases
+        ignored = {name for name in unknown if any(pattern.search(name) for pattern in patterns)}
+        problems = [f"missing: {shortened(missing)}"] if missing else []
+        if unknown := unknown - ignored:
+            problems.append(f"unknown to {type(self.model).__name__} or its format: {shortened(unknown)}")
+        if problems:
+            raise FormatError(f"the tensors in {path} are not those of the model: {'; '.join(problems)}")
+        for name in wanted.keys() & headers.keys():
+            self._check_header(headers[name], *wanted[name])
+        notes = [f"not part of the model, as transformers has it: {shortened(ignored)}"] if ignored else []
+        said: dict[str, list[str]] = {}
+        for stored_site in (stored for weight in self.weights.values() for stored in weight.stored.values()):
+            if stored_site.note:
+                said.setdefault(stored_site.note, []).append(stored_site.name)
+        return (*notes, *(f"{shortened(names)}: {note}" for note, names in said.items()))
+
+    def _check_header(self, header: TensorHeader, slot: Slot, shape: tuple[int, ...]) -> None:
+        is_float = slot.tensor.is_floating_point()
+        alike = header.dtype in _FLOATS if is_float else DTYPES[header.dtype] == slot.tensor.dtype
+        if header.shape != shape or not alike:
+            raise FormatError(
+                f"{self.folder.path / header.file}: {header.name} is {header.dtype} {list(header.shape)}, but must be "
+                f"{'float' if is_float else slot.tensor.dtype} {list(shape)} in {type(self.model).__name__}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def _plan(self, backend: Backend, notes: tuple[str, ...]) -> Plan:
+        planned, refusals, rounded = [], [], Counter[str]()
+        for site in self.sites:
+            weight = self.weights.get(site.name)
+            if weight is None or self.format is None:
+                planned.append(PlannedSite(site, None, "float in the checkpoint", bytes_after=site.float_bytes))
+                continue
+            kernel, why_not = choose(backend, site, weight.scheme)
+            if kernel is None:
+                refusals.append(f"{site.name} ({weight.scheme}): {why_not}")
+                continue
+            reason = f"stored as {self.format.name}" + (f"; {why_not}" if why_not else "")
+            name, size = f"{backend.name}.{kernel.name}", kernel.nbytes(site, weight.scheme)
+            if _takes_scales(name, weight.scheme):
+                kinds = {self.folder.headers[tensor].dtype for tensor in weight.tensors}
+                rounded.update(kind for kind in kinds.intersection(_FLOATS) if DTYPES[kind] != site.dtype)
+            planned.append(PlannedSite(site, weight.scheme, reason, method=STORED, kernel=name, bytes_after=size))
+        if refusals:
+            raise UnsupportedError(
+                f"{self.folder.path}: {backend.name} cannot run {len(refusals)} of {len(self.sites)} sites: "
+                + "; ".join(refusals[:5])
+                + (" ..." if len(refusals) > 5 else "")
+            )
+        notes += tuple(
+            f"the {kind} scales of {count} sites are rounded to {self.dtype}, in which the model computes; load with "
+            f"dtype={DTYPES[kind]} to keep them"
+            for kind, count in rounded.items()
+        )
+        return Plan(self.device, tuple(planned), self.other_bytes(), notes)
+
+    def other_bytes(self) -> int:
+        """Bytes of the parameters and buffers that belong to no site."""
+        tensors = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        total = sum(t.numel() * (self.dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
+        return total - sum(site.float_bytes for site in self.sites)
+
+    # ---------------------------------------------------------------------------------------------------------- reading
+
+    def load_floats(self) -> None:
+        """Read every tensor that belongs to no quantized site, and make room for quantized experts."""
+        for slot in self.slots:
+            names, stored = self._places(slot)
+            if stored:
+                tensor = parts.assemble(tuple(slot.tensor.shape), stored, self.folder.read)
+            else:
+                tensor = self._read_whole(names)
+            slot.fill(self._cast(tensor).to(self.device))
+        quantized = {planned.site.name for planned in self.plan.quantized}
+        fuse(self.model, [e for e in self.layouts if any(f"{e.name}.{p}" in quantized for p in e.projections)])
+
+    def _read_whole(self, names: Sequence[str]) -> Tensor:
+        """The tensor that is stored under these names; FormatError where they differ."""
+        name, *copies = names
+        tensor = self.folder.read(name)
+        for other in copies:
+            if not torch.equal(tensor, self.folder.read(other)):
+                raise FormatError(
+                    f"{self.folder.path}: {name} and {other} differ, but are one tensor in the model; "
+                    f"if they are meant to, set tie_word_embeddings to false in {CONFIG}"
+                )
+        return tensor
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.cast) if self.cast and tensor.is_floating_point() else tensor
+
+    def load_sites(self, progress: bool | None) -> tuple[SiteResult, ...]:
+        """Read the quantized sites one by one and put a quantized module in the place of each."""
+        results = []
+        with progress_bar("loading", len(self.plan.quantized), progress) as advance:
+            for planned in self.plan:
+                if not planned.quantized:
+                    results.append(SiteResult(planned, planned.bytes_after))
+                    continue
+                results.append(self._load_site(planned))
+                advance(planned.site.name)
+        return tuple(results)
+
+    def _load_site(self, planned: PlannedSite) -> SiteResult:
+        module = self.model.get_submodule(planned.site.name)
+        assert isinstance(module, nn.Linear | FloatWeight)
+        weight, sqnr, bias = self.weights.get(planned.site.name), None, module.bias
+        try:
+            if weight is None:
+                packed, sqnr = quantize_stored(self, planned)
+            else:
+                packed = _fit(parts.read_weight(weight, self._read_stored), planned)
+                bias = self._bias(weight, module.bias)
+        except (FormatError, UnsupportedError) as error:
+            file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
+            raise type(error)(f"{self.folder.path}{file}: {error}") from None
+        quantized = module_of(planned, moved(packed, self.device), bias)
+        replace_module(self.model, module, quantized)
+        return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.buffers()), sqnr)
+
+    def _read_stored(self, stored: StoredSite) -> PackedWeight:
+        assert self.format is not None
+        return self.format.read(stored, self.folder.read)
+
+    def _bias(self, weight: parts.StoredWeight, loaded: Tensor | None) -> Tensor | None:
+        """The bias of a quantized site: stored with its Linears, or else the one of the model that has been loaded.
+
+        AutoGPTQ writes zeros for Linears without a bias; those are left out.
+        """
+        if loaded is not None and not loaded.is_meta:
+            return loaded
+        rows = [[self._stored_bias(weight.stored[piece.name]) for piece in own] for own in weight.pieces]
+        if all(bias is None or not bias.any() for own in rows for bias in own) and not weight.site.has_bias:
+            return None
+        zeros = torch.zeros(weight.site.out_features // len(rows[0]), dtype=self.dtype)
+        joined = torch.stack([torch.cat([zeros if bias is None else bias for bias in own]) for own in rows])
+        bias = joined if weight.site.kind == "experts" else joined[0]
+        return bias.to(self.dtype).to(self.device)
+
+    def _stored_bias(self, stored: StoredSite) -> Tensor | None:
+        assert self.format is not None
+        if stored.owns_bias:
+            return self.format.read_bias(stored, self.folder.read)
+        name = f"{stored.name}.bias"
+        return self.folder.read(name) if name in self.extra_biases else None
+
+
+def _main_dtype(folder: Folder) -> torch.dtype:
+    """The float dtype that most numbers of a checkpoint have."""
+    count: Counter[str] = Counter()
+    for header in folder.headers.values():
+        if header.dtype in _FLOATS:
+            count[header.dtype] += math.prod(header.shape)
+    return DTYPES[count.most_common(1)[0][0]] if count else torch.get_default_dtype()
+
+
+def _fit(packed: PackedWeight, planned: PlannedSite) -> PackedWeight:
+    """Scales in the dtype of the activations, which fused weight-only kernels want.
+
+    The reference kernel multiplies in the scales' own dtype, as the checkpoint's author did; so it keeps them.
+    """
+    dtype = planned.site.dtype
+    if packed.scales.dtype == dtype or not _takes_scales(planned.kernel, packed.scheme):
+        return packed
+    scales = packed.scales.to(dtype)
+    if not torch.isfinite(scales).all():
+        raise FormatError(f"scales of {planned.site.name} are too large for {dtype}; load with another dtype=")
+    return dataclasses.replace(packed, scales=scales)
+
+
+def _takes_scales(kernel: str, scheme: Scheme) -> bool:
+    """Whether a kernel wants its scales in the dtype of the activations."""
+    return not scheme.activation and not kernel.endswith(".reference")
+
+
+def moved(packed: PackedWeight, device: str) -> PackedWeight:
+    """A weight on another device."""
+    stored = packed.tensors() | packed.activation_tensors()
+    return PackedWeight(packed.scheme, packed.shape, **{name: tensor.to(device) for name, tensor in stored.items()})
