@@ -6,14 +6,19 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from . import plugins
 from .errors import TraceError
+from .modules import QuantLinear
+from .ops import find_kernel
+from .sites import plain_name
 from .trace import bind, example_input_ids, input_dims
+from .types import Site
 from .verify import no_semantic_ops_left, run_pass
 
 
@@ -27,6 +32,7 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
     from .passes.lower import Lower
 
     bound = bind(graph, model)
+    _use_portable_kernels(bound, model)
     record = run_pass(Lower(), bound)
     no_semantic_ops_left(bound, record.rejected)
     inputs = (example_input_ids(),) if example_inputs is None else example_inputs
@@ -42,3 +48,33 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
         written = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
         os.replace(written, path)
     return path
+
+
+def _use_portable_kernels(bound: GraphModule, model: nn.Module) -> None:
+    """Give every linear whose kernel needs a library of its own to the best one of its backend that does not."""
+    from .passes.base import semantic_name
+
+    repacked: dict[tuple[str, ...], tuple[list[Node], str]] = {}
+    for node in list(bound.graph.nodes):
+        if semantic_name(node) not in ("linear", "scaled_linear") or find_kernel(str(node.args[4])).portable:
+            continue
+        x, weight, bias, scheme, kernel, *rest = node.args
+        targets = tuple(str(tensor.target) for tensor in cast(list[Node], weight))
+        if targets not in repacked:
+            name = plain_name(targets[0]).rpartition(".")[0]
+            module = cast(QuantLinear, model.get_submodule(name))
+            site = Site(name, "linear", module.out_features, module.in_features, module.dtype)
+            backend = str(kernel).partition(".")[0]
+            suited = (k for k in plugins.find("backends", backend).kernels if k.portable and "linear" in k.kinds)
+            chosen = next(k for k in suited if not k.refuses(site, module.scheme))
+            nodes: list[Node] = []
+            with bound.graph.inserting_before(node):
+                for tensor in chosen.prepare(module.packed()):
+                    attribute = f"packaged_{len(repacked)}_{len(nodes)}"
+                    bound.register_buffer(attribute, tensor)
+                    nodes.append(bound.graph.get_attr(attribute))
+                    nodes[-1].meta["val"] = tensor
+            repacked[targets] = nodes, f"{backend}.{chosen.name}"
+        nodes, chosen_name = repacked[targets]
+        node.args = (x, nodes, bias, scheme, chosen_name, *rest)
+    bound.recompile()

@@ -26,6 +26,7 @@ class Kernel:
 
     name = "reference"
     kinds: tuple[str, ...] = ("linear", "experts")  # which sites it is for
+    portable = True  # whether torch alone can run its operations, as a package made ahead of time must be
 
     def computes(self, scheme: Scheme) -> bool:
         """Whether this kernel is about such numbers at all; if not, its refusal is no news."""

@@ -11,6 +11,7 @@ from helpers import TinyMLP, logits, relative_error, tiny_model
 from torch import nn
 
 import qcompile
+from qcompile.backends.cpu import native
 from qcompile.errors import ConfigError, TraceError
 from qcompile.modules import QuantLinear, quantized_modules, replace_module, state_of
 from qcompile.numerics import dequantize_packed
@@ -76,9 +77,14 @@ class TestFamilies:
         assert close(result, logits(restored), factor=DEPTH)
 
     @pytest.mark.parametrize("family", ["qwen2", "phi3"])
-    def test_integer_products_equal_their_definition(self, family):
+    @pytest.mark.parametrize("kernel", ["native", "int_mm"])
+    def test_integer_products_equal_their_definition(self, monkeypatch, family, kernel):
+        if kernel != "native":
+            monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler")
+        elif reason := native.unavailable():
+            pytest.skip(reason)
         model = quantize(tiny_model(family, torch.float32), "w8a8")
-        assert {m.kernel for m in quantized_modules(model).values()} == {"cpu.int_mm"}
+        assert {m.kernel for m in quantized_modules(model).values()} == {f"cpu.{kernel}"}
         assert close(logits(model), logits(with_reference_kernels(model)), factor=DEPTH)
 
     @pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a8"])

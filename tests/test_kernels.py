@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qcompile import numerics
-from qcompile.backends.cpu import BACKEND
+from qcompile.backends.cpu import BACKEND, native
 from qcompile.errors import UnsupportedError
 from qcompile.kernels import Kernel, choose
 from qcompile.types import Scheme, Site
@@ -16,6 +16,24 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 SHAPES = ((1, 32), (13, 200), (64, 128), (67, 97))
 SCHEMES = {
+    "native": (
+        "w4a16_g128",
+        "w4a16_g32_asym",
+        "w4a16",
+        "w3a16_g40",
+        "w8a16",
+        "w8a16_g64_asym",
+        "w6a16_asym",
+        "w8a8",
+        "w8a8_dynamic_asym",
+        "w4a8",
+        "w4a8_g32",
+        "w4a8_g128_asym",
+        "w4a8_clip",
+        "w4a4",
+        "w8a8_static",
+        "w4a8_g32_asym_static_sym",
+    ),
     "int4pack": ("w4a16", "w4a16_g32", "w4a16_g64_asym", "w4a16_g128", "w4a16_g256_asym", "w4a16_asym"),
     "int8pack": ("w8a16",),
     "int_mm": (
@@ -89,7 +107,9 @@ each_case = pytest.mark.parametrize(("kernel", "scheme", "dtype"), list(supporte
 @functools.cache
 def packed_weight(scheme: Scheme, out: int, inn: int, dtype: torch.dtype, permuted: bool = False):
     weight = torch.randn(out, inn, generator=torch.Generator().manual_seed(out * inn)).to(dtype)
-    params = {name: PARAMS[scheme.weight.number][name] for name in scheme.activation.params} if scheme.activation else {}
+    params = (
+        {name: PARAMS[scheme.weight.number][name] for name in scheme.activation.params} if scheme.activation else {}
+    )
     packed = dataclasses.replace(numerics.quantize_weight(weight, Scheme(scheme.weight)), scheme=scheme, **params)
     order = torch.randperm(inn, generator=torch.Generator().manual_seed(inn)).to(torch.int32)
     return dataclasses.replace(packed, permutation=order) if permuted else packed
@@ -181,23 +201,29 @@ def test_the_estimate_of_bytes_is_exact(kernel, scheme, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_products_equal_the_reference(shape, dtype):
+@pytest.mark.parametrize("kernel", ["native", "int_mm"])
+def test_int8_products_equal_the_reference(kernel, shape, dtype):
+    if reason := BACKEND.kernel(kernel).refuses(site(*shape, dtype), Scheme.parse("w8a8")):
+        pytest.skip(reason)
     packed = packed_weight(Scheme.parse("w8a8"), *shape, dtype)
     x, bias = torch.randn(7, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
-    result, exact = (run(BACKEND.kernel(name), packed, x, bias) for name in ("int_mm", "reference"))
+    result, exact = (run(BACKEND.kernel(name), packed, x, bias) for name in (kernel, "reference"))
     # sums of integers are exact in both; the two scales and the bias are applied in float32 here, in float64 there
     step = torch.finfo(dtype).eps if dtype != torch.float32 else 4 * torch.finfo(dtype).eps
     assert ((result.double() - exact.double()).abs() <= step * exact.double().abs().clamp(min=1)).all()
 
 
-def test_scales_of_either_sign_and_zero_are_computed_alike():
+@pytest.mark.parametrize("name", ["native", "int4pack"])
+def test_scales_of_either_sign_and_zero_are_computed_alike(name):
     scheme = Scheme.parse("w4a16_g32_asym")
     packed = packed_weight(scheme, 64, 64, torch.bfloat16)
     scales = packed.scales * torch.tensor([-1.0, 1.0], dtype=torch.bfloat16)
     scales[3] = 0
     packed = dataclasses.replace(packed, scales=scales)
     x = torch.randn(3, 64).bfloat16()
-    kernel = BACKEND.kernel("int4pack")
+    kernel = BACKEND.kernel(name)
+    if reason := kernel.refuses(site(64, 64, torch.bfloat16), scheme):
+        pytest.skip(reason)
     assert_product(run(kernel, packed, x), packed, x)
     restored = kernel.restore(kernel.prepare(packed), scheme, (64, 64))
     assert torch.equal(numerics.dequantize_packed(restored), numerics.dequantize_packed(packed))
@@ -224,13 +250,18 @@ def test_scales_of_either_sign_and_zero_are_computed_alike():
         ("w4a8_g128", torch.bfloat16, "reference", ("int_mm: computes symmetric weights with one scale per output",)),
     ],
 )
-def test_the_best_kernel_that_can_is_chosen_and_says_why_not_a_better_one(name, dtype, kernel, facts):
+def test_the_best_kernel_that_can_is_chosen_and_says_why_not_a_better_one(monkeypatch, name, dtype, kernel, facts):
     """A kernel for other numbers is no news: that int4 products refuse int8 weights is not said."""
-    chosen, why = choose(BACKEND, site(64, 128, dtype), Scheme.parse(name))
+    wanted = site(64, 128, dtype), Scheme.parse(name)
+    monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler")
+    chosen, why = choose(BACKEND, *wanted)
     assert chosen is BACKEND.kernel(kernel)
-    assert bool(why) == bool(facts)
+    assert why.partition("; ")[0] == "native: no C++ compiler"
+    assert bool(why.partition("; ")[2]) == bool(facts)
     assert all(fact in why for fact in facts)
     assert "computes int4" not in why
+    monkeypatch.setattr(native, "unavailable", lambda: "")
+    assert choose(BACKEND, *wanted) == (BACKEND.kernel("native"), "")
 
 
 def test_without_any_kernel_every_refusal_is_listed():

@@ -6,6 +6,7 @@ from helpers import TinyMLP
 from torch import nn
 
 import qcompile
+from qcompile.backends.cpu import native
 from qcompile.config import QuantConfig
 from qcompile.errors import ConfigError, UnsupportedError
 from qcompile.planning import find_backend, make_plan
@@ -98,11 +99,14 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"nothing would be quantized: b: its weight is torch\.float64"):
             plan(sites=sites[1:])
 
-    def test_a_kernel_that_was_passed_over_says_why(self):
+    def test_a_kernel_that_was_passed_over_says_why(self, monkeypatch):
+        monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler")
         made = plan(sites=(site("a"), site("b", dtype=torch.float32)))
         assert made["a"].kernel == "cpu.int4pack"
         assert made["b"].kernel == "cpu.reference"
-        assert made["b"].reason == "default; int4pack: fast in bfloat16 and float16 only, not torch.float32"
+        assert made["b"].reason == (
+            "default; native: no C++ compiler; int4pack: fast in bfloat16 and float16 only, not torch.float32"
+        )
 
     def test_no_kernel_at_all_is_float_by_default_and_an_error_by_rule(self, monkeypatch):
         backend = find_backend("cpu")
@@ -110,8 +114,8 @@ class TestRefusals:
             monkeypatch.setattr(kernel, "refuses", lambda site, scheme: "not today" if site.name == "b" else "")
         sites = (site("a"), site("b"))
         made = plan(sites=sites)
-        assert made["b"].reason.startswith("cpu cannot run w4a16_g128: int4pack: not today; int8pack: not today;")
-        with pytest.raises(UnsupportedError, match=r"b cannot be w8a16 on cpu, as a rule asks: int4pack: not today"):
+        assert made["b"].reason.startswith("cpu cannot run w4a16_g128: native: not today; int4pack: not today;")
+        with pytest.raises(UnsupportedError, match=r"b cannot be w8a16 on cpu, as a rule asks: native: not today"):
             plan(rule("b", "w8a16"), sites=sites)
 
     @pytest.mark.parametrize("device", ["cudaa", "tpu:0", "", torch.device("meta"), 3])
@@ -154,7 +158,8 @@ class TestOverride:
 
 
 class TestPlan:
-    def test_it_prints_every_scheme_reason_and_the_total(self):
+    def test_it_prints_every_scheme_reason_and_the_total(self, monkeypatch):
+        monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler")
         text = str(plan(rule("*.down_proj", "w8a8"), other_bytes=1000))
         for part in ("plan for cpu", "w4a16_g128", "w8a8", "cpu.int4pack", "cpu.int_mm", "a rule 'router' would"):
             assert part in text

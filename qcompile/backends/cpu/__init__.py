@@ -1,4 +1,4 @@
-"""The CPU: ATen's low-bit matrix products where they are fast and right, the reference where they are not."""
+"""The CPU: our own C++ kernels; ATen's low-bit matrix products where those cannot be built; else the reference."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
 from .kernels import Int4Pack, Int8Pack, IntMM
+from .native_kernel import Native
 
 
 class CPU:
     """Kernels for any x86 or Arm CPU that PyTorch runs on."""
 
     name = "cpu"
-    kernels: Sequence[Kernel] = (Int4Pack(), Int8Pack(), IntMM(), Kernel())
+    kernels: Sequence[Kernel] = (Native(), Int4Pack(), Int8Pack(), IntMM(), Kernel())
 
     def missing(self) -> str:
         """A CPU is always there."""
