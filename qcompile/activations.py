@@ -80,7 +80,7 @@ def _small_floats(values: Tensor, activation: ActivationType, params: Sequence[T
     elif number == "nvfp4":
         scale = nvfp4_scales(largest, params[0]).float() / params[0]
     else:
-        scale = mx_scales(largest, number).float()
+        scale = mx_scales(largest, number)
     shares = groups / _nonzero(scale)[..., None]
     codes = round_e2m1(shares) if activation.bits == 4 else round_e4m3(shares)
     return [codes.flatten(-2)[..., :columns].contiguous(), scale]

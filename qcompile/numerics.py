@@ -222,7 +222,7 @@ def _round_floats(
         if number == "nvfp4":
             return small_floats.nvfp4_scales(extreme, outer).float()
         if number != "fp8":
-            return small_floats.mx_scales(extreme, number).float()
+            return small_floats.mx_scales(extreme, number)
         # half a step of subnormal float16 more: a scale that is rounded down much would saturate the extreme
         scales = extreme / small_floats.E4M3_MAX + (2.0**-25 if dtype == torch.float16 else 0)
         return _representable(torch.where(extreme == 0, 1.0, scales), dtype)

@@ -51,7 +51,7 @@ def e2m1_values(codes: Tensor) -> Tensor:
 
 
 def mx_scales(largest: Tensor, number: str) -> Tensor:
-    """Scales of groups whose largest magnitudes are ``largest`` float32, for "mxfp4" or "mxfp8": float8_e8m0fnu.
+    """Scales of groups whose largest magnitudes are ``largest``, for "mxfp4" or "mxfp8": float32, exact in e8m0.
 
     2 ** (floor(log2(largest)) - exponent of the format's largest number), at least 2 ** -127; NaN for a group that is
     not finite (MX 1.0, section 6.3). The largest element then lies between 4 and 8 (mxfp4), or 256 and 512 (mxfp8), and
@@ -59,7 +59,8 @@ def mx_scales(largest: Tensor, number: str) -> Tensor:
     """
     exponents = largest.view(torch.int32) >> 23  # biased by 127 as in e8m0; 0 for subnormals, 255 if not finite
     codes = (exponents - _MX_EXPONENTS[number]).clamp(min=0)
-    return torch.where(exponents == 255, exponents, codes).to(torch.uint8).view(torch.float8_e8m0fnu)
+    bits = torch.where(codes == 0, 1 << 22, codes << 23)  # Inductor has no e8m0: these are the bits of the float32
+    return torch.where(exponents == 255, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
 
 
 def nvfp4_outer(largest: Tensor) -> Tensor:

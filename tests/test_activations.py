@@ -186,7 +186,7 @@ def test_mx_groups_have_powers_of_two(x, name):
     assert codes.dtype == (torch.float32 if name == "mxfp4" else torch.float8_e4m3fn)
     assert scale.shape == (6, math.ceil(x.shape[1] / 32))
     for index, group in enumerate(x.float().split(32, 1)):
-        assert torch.equal(scale[:, index], mx_scales(group.abs().amax(-1), name).float())
+        assert torch.equal(scale[:, index], mx_scales(group.abs().amax(-1), name))
         own, step = codes[:, index * 32 : (index + 1) * 32].double(), scale[:, index, None].double()
         assert own.abs().max() <= top
         clamped = group.double().clamp(-top * step, top * step)
@@ -257,11 +257,9 @@ def test_rows_are_independent_of_each_other_and_of_memory_order(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["8", "4", "fp8", "fp8_g128", "mxfp4", "mxfp8", *STATIC])
 def test_what_was_rounded_once_is_rounded_to_itself(name, dtype):
-    """Up to the rounding of the scale: the maximum of a symmetric row is a code. A clip moves it, and is left out."""
-    if name in ("8_clip", "4_clip", "8_dynamic_asym", "4_dynamic_asym", "nvfp4"):
-        pytest.skip("its range changes when it is rounded")
+    """Up to the rounding of the scale: the maximum of a row is a code. The other kinds move the range of a row."""
     x = torch.randn(4, 96).to(dtype)
     once = restored(x, name)
     torch.testing.assert_close(restored(once.float(), name), once, rtol=1e-6, atol=0)

@@ -77,16 +77,17 @@ def test_values_are_rounded_to_the_nearest_number_half_to_even(rounded, numbers)
 def test_mx_scales_are_powers_of_two_below_the_largest(largest, case):
     number, exponent = case
     scale = small_floats.mx_scales(torch.tensor([largest]), number)
-    expected = max(-127, math.floor(math.log2(largest)) - exponent)
-    assert scale.dtype == torch.float8_e8m0fnu
-    assert scale.view(torch.uint8).item() == expected + 127
-    assert scale.float().item() == 2.0**expected
+    expected = max(-127, math.frexp(largest)[1] - 1 - exponent)
+    assert scale.dtype == torch.float32
+    assert scale.item() == 2.0**expected
+    assert scale.to(torch.float8_e8m0fnu).view(torch.uint8).item() == expected + 127
 
 
 def test_mx_scales_at_the_ends():
     scales = small_floats.mx_scales(torch.tensor([0.0, 2.0**-149, 3.4e38, math.inf, math.nan]), "mxfp4")
-    assert scales.view(torch.uint8).tolist() == [0, 0, 252, 255, 255]
-    assert scales.float()[3:].isnan().all()
+    assert scales.to(torch.float8_e8m0fnu).view(torch.uint8).tolist() == [0, 0, 252, 255, 255]
+    assert scales[:3].tolist() == [2.0**-127, 2.0**-127, 2.0**125]
+    assert scales[3:].isnan().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
