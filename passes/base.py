@@ -1,12 +1,18 @@
-"""What a pass is: a function on a graph that says what it matched, what it nearly matched, and why not."""
+"""What a pass is: a function on a graph that says what it matched, what it nearly matched, and why not.
+
+Most passes are lists of rules, each three small methods: ``pattern`` finds what looks right, ``check`` says why it is
+not, ``rewrite`` replaces it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from ..errors import PassError
 
@@ -22,11 +28,14 @@ class Result:
 class Pass(Protocol):
     """A rewrite with a contract.
 
+    ``level`` is the graph that it works on: "model" (exported, or Dynamo's) or "aot" (functional, ATen operations).
     ``numerics`` is "exact" (same bits), "reorder" (same sums in another order) or "lossy" (quantization itself).
-    ``expected`` is the number of matches that must happen, or None when any number is right.
+    ``expected`` is the number of matches that must happen, or None when any number is right. A pass that inserts
+    operations which overwrite their inputs says so with ``mutates = True``.
     """
 
     name: str
+    level: str
     numerics: str
 
     @property
@@ -67,7 +76,10 @@ def signature(value: Any) -> Any:
 
 
 def replace(old: Node, new: Node, pass_name: str) -> None:
-    """Let ``new`` stand for ``old`` everywhere; PassError if its shape, dtype or device differ."""
+    """Let ``new`` stand for ``old`` everywhere; PassError if its shape, dtype or device differ.
+
+    What only ``old`` read is erased with it.
+    """
     before, after = old.meta.get("val"), new.meta.get("val")
     if before is not None and after is not None and signature(before) != signature(after):
         raise PassError(
@@ -77,4 +89,87 @@ def replace(old: Node, new: Node, pass_name: str) -> None:
     for key, value in old.meta.items():
         new.meta.setdefault(key, value)
     old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
+    unused = [old]
+    while unused:
+        node = unused.pop()
+        if not node.users and node.op == "call_function" and not node._erased and not node.is_impure():
+            unused += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+class Edit:
+    """What a rule may do to a graph: insert calls, whose fake values are computed, and replace nodes."""
+
+    def __init__(self, pass_name: str) -> None:
+        self.pass_name = pass_name
+        self._values: dict[Any, Any] = {}
+
+    def call(self, before: Node, target: Callable, arguments: Sequence[Any], like: Node | None = None) -> Node:
+        """A call of ``target`` in front of ``before``; it belongs to the same module as ``like`` (default: before)."""
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(target, tuple(arguments))
+        origin = before if like is None else like
+        if "nn_module_stack" in origin.meta:
+            node.meta["nn_module_stack"] = origin.meta["nn_module_stack"]
+        value = fake_result(node, self._values)
+        if value is not None:
+            node.meta["val"] = value
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let ``new`` stand for ``old`` everywhere, as ``replace`` does."""
+        replace(old, new, self.pass_name)
+
+
+class Rule(Protocol):
+    """One rewrite. ``match`` is whatever ``pattern`` returns."""
+
+    def pattern(self, node: Node) -> Any:
+        """What was found from ``node`` on, None if it looks like nothing that this rule is about."""
+        ...
+
+    def check(self, match: Any) -> str:
+        """Why ``match`` must stay as it is, "" when it can be replaced."""
+        ...
+
+    def rewrite(self, match: Any, edit: Edit) -> None:
+        """Replace ``match``."""
+        ...
+
+
+def apply_rules(rules: Sequence[Rule], module: GraphModule, pass_name: str) -> Result:
+    """Apply the rules one after the other, each to every node in order; refused matches are near-misses."""
+    result, edit = Result(), Edit(pass_name)
+    for rule in rules:
+        for node in list(module.graph.nodes):
+            match = None if node._erased else rule.pattern(node)
+            if match is None:
+                continue
+            if reason := rule.check(match):
+                result.rejected.append((described(node), reason))
+                continue
+            rule.rewrite(match, edit)
+            result.matches += 1
+    return result
+
+
+def fake_result(node: Node, known: dict[Any, Any]) -> Any:
+    """Fake value of a call, from those of its inputs; None where one has none. ``known`` saves repeated work."""
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    values = [item.meta.get("val") if isinstance(item, Node) else item for item in flat]
+    if any(value is None for item, value in zip(flat, values, strict=True) if isinstance(item, Node)):
+        return None
+    key = (node.target, spec, *(value_key(value) for value in values))
+    if key not in known:
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        known[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known[key]
+
+
+def value_key(value: Any) -> Any:
+    """What makes two arguments the same for an operation: a tensor's signature and strides, the text of all else."""
+    if isinstance(value, Tensor):
+        return signature(value), tuple(str(stride) for stride in value.stride())
+    if isinstance(value, tuple | list):
+        return tuple(value_key(item) for item in value)
+    return str(value)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from .base import Pass
+from .canonicalize import Canonicalize
+from .fuse_gated_act_quant import FuseGatedActQuant
+from .fuse_norm_quant import FuseNormQuant
 from .lower import Lower
 from .share_activation_quant import ShareActivationQuant
 
@@ -10,6 +13,9 @@ from .share_activation_quant import ShareActivationQuant
 def compile_passes(decompositions: dict | None = None) -> list[Pass]:
     """Passes from semantic ops to a device's own."""
     return [
+        Canonicalize(),
         ShareActivationQuant(),
+        FuseNormQuant(),
+        FuseGatedActQuant(),
         Lower(decompositions),
     ]

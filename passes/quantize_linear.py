@@ -33,6 +33,7 @@ class QuantizeLinear:
     planned: Mapping[str, PlannedSite]
     weights: Callable[[PlannedSite, Node], tuple[list[Node], list[Node]]]
     name: str = "quantize_linear"
+    level: str = "model"
     numerics: str = "lossy"
 
     @property

@@ -63,7 +63,22 @@ def backend(
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
     compiler = _Inner(own, tensors)
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(module, list(example_inputs), inner_compile=compiler, config_patches=inductor)
+        return compile_fx(
+            module,
+            list(example_inputs),
+            inner_compile=compiler,
+            config_patches=inductor,
+            decompositions=_decompositions(),
+        )
+
+
+def _decompositions() -> dict:
+    """Inductor's, but for the activations that the passes want to find; the last pass applies the others to them."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    from .passes.canonicalize import KEPT
+
+    return {target: function for target, function in select_decomp_table().items() if target not in KEPT}
 
 
 def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:

@@ -73,6 +73,12 @@ def gated(hidden: Tensor, activation: str) -> Tensor:
     if not gate.is_gated:
         return _function(gate, hidden)
     first, up = hidden.chunk(2, dim=-1)
+    return gated_pair(first, up, activation)
+
+
+def gated_pair(first: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``f(first) * up`` of a gated activation: gate and up projection [..., intermediate] each, in their dtype."""
+    gate = parse(activation)
     if gate.limit is not None:
         first, up = first.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
     return _function(gate, first) * (up + gate.shift if gate.shift else up)

@@ -8,7 +8,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -149,8 +149,24 @@ def _named(
     return codes, scales, zeros, rest[0] if rest else None, outer
 
 
+class Operation(Protocol):
+    """A device's own implementation of one semantic op that is no matrix product, such as ``rms_norm_quantize``."""
+
+    def refuses(self, *arguments: Any) -> str:
+        """Why it cannot compute this call, whose tensors are fake; "" when it can."""
+        ...
+
+    def compute(self, *arguments: Any) -> Any:
+        """What the op of ``fused_ops`` (or ``quantize``) computes, in traceable torch code."""
+        ...
+
+
 class Backend(Protocol):
-    """A device: its kernels, best first, and whether it is there."""
+    """A device: its kernels, best first, and whether it is there.
+
+    It may have ``operations``, a mapping from names of semantic ops to an Operation; the others are lowered to their
+    definitions.
+    """
 
     name: str
     kernels: Sequence[Kernel]

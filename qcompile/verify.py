@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,26 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, t
 """Largest deviation, relative to the largest value of the output, that a change of summation order may cause."""
 
 
-def run_pass(pass_: Pass, module: GraphModule, probe: Sequence[Tensor] | None = None) -> PassRecord:
-    """Apply ``pass_`` to ``module`` and check what it declares; PassError says which check failed and where.
+def run_pass(pass_: Pass, module: GraphModule, probe: Sequence[Any] | None = None) -> PassRecord:
+    """Apply ``pass_`` to ``module`` and hold it to what it declares; PassError names pass, node and contract.
 
-    Shapes and dtypes of every replaced value are checked by ``passes.base.replace``. With ``probe`` inputs the graph
-    is also run before and after: bit for bit for "exact" passes, within TOLERANCE for "reorder".
+    In this order: the graph is one of its level; it is sound afterwards (lint); the matches are as many as expected;
+    the graph's outputs have the shapes and dtypes that they had; every new node computes, on fake tensors, the shape
+    and dtype that it says it does; nothing new overwrites its inputs unless that was declared. With ``probe`` inputs
+    the graph is also run before and after: bit for bit for "exact" passes, within TOLERANCE for "reorder".
     """
-    from .passes.base import signature
+    from .passes.base import described, signature
 
+    _check_level(pass_, module)
     before = [signature(node.meta.get("val")) for node in _outputs(module)]
     reference = copy.deepcopy(module) if probe is not None and pass_.numerics != "lossy" else None
-    nodes_before = len(module.graph.nodes)
+    known = set(module.graph.nodes)
     result = pass_(module)
     module.graph.eliminate_dead_code()
-    module.graph.lint()
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise PassError(f"pass {pass_.name} left a graph that is not sound: {error}") from error
     module.recompile()
 
     if pass_.expected is not None and result.matches != pass_.expected:
@@ -41,13 +47,17 @@ def run_pass(pass_: Pass, module: GraphModule, probe: Sequence[Tensor] | None = 
             f"pass {pass_.name} matched {result.matches} of {pass_.expected}: "
             + ("; ".join(f"{node}: {why}" for node, why in result.rejected) or "nothing came close")
         )
-    after = [signature(node.meta.get("val")) for node in _outputs(module)]
-    if before != after:
-        raise PassError(f"pass {pass_.name} changed the graph's outputs from {before} to {after}")
+    for node, expected in zip(_outputs(module), before, strict=True):
+        if signature(node.meta.get("val")) != expected:
+            raise PassError(
+                f"pass {pass_.name} changed the graph's output {described(node)} from {expected} to "
+                f"{signature(node.meta.get('val'))}: shape, dtype and device must stay"
+            )
+    _check_new_nodes(pass_, [node for node in module.graph.nodes if node not in known])
     if reference is not None and probe is not None:
         _replay(pass_, module, reference, probe)
     return PassRecord(
-        pass_.name, pass_.numerics, result.matches, nodes_before, len(module.graph.nodes), tuple(result.rejected)
+        pass_.name, pass_.numerics, result.matches, len(known), len(module.graph.nodes), tuple(result.rejected)
     )
 
 
@@ -75,7 +85,48 @@ def _outputs(module: GraphModule) -> list[torch.fx.Node]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.fx.Node)]
 
 
-def _replay(pass_: Pass, module: GraphModule, reference: GraphModule, probe: Sequence[Tensor]) -> None:
+def _check_level(pass_: Pass, module: GraphModule) -> None:
+    """An AOT graph calls overloads of operators only; a Linear in it has become a matrix product."""
+    from .passes.base import described
+    from .sites import LINEARS
+
+    if pass_.level not in ("model", "aot"):
+        raise PassError(f"pass {pass_.name} declares the level {pass_.level!r}; there are 'model' and 'aot'")
+    for node in module.graph.nodes if pass_.level == "aot" else ():
+        if node.op in ("call_method", "call_module") or (node.op == "call_function" and node.target in LINEARS[1:]):
+            raise PassError(
+                f"pass {pass_.name} works on the graph of AOTAutograd, but {described(node)} is a {node.op} of "
+                f"{node.target}, which belongs to a graph of the model"
+            )
+
+
+def _check_new_nodes(pass_: Pass, nodes: Sequence[torch.fx.Node]) -> None:
+    from .passes.base import described, fake_result, signature
+
+    known: dict[Any, Any] = {}
+    for node in nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.is_mutable and not getattr(pass_, "mutates", False):
+            raise PassError(
+                f"pass {pass_.name} inserted {described(node)}, a call of {node.target}, which overwrites its inputs: "
+                "use an operation without side effects, or declare mutates = True"
+            )
+        said = node.meta.get("val")
+        if said is None or torch.Tag.dynamic_output_shape in node.target.tags:
+            continue
+        try:
+            computed = fake_result(node, known)
+        except Exception as error:  # a fake kernel may raise anything about arguments that do not fit
+            raise PassError(f"pass {pass_.name} inserted {described(node)}, which cannot run: {error}") from error
+        if computed is not None and signature(computed) != signature(said):
+            raise PassError(
+                f"pass {pass_.name} inserted {described(node)}, a call of {node.target}, as {signature(said)}, but it "
+                f"computes {signature(computed)}"
+            )
+
+
+def _replay(pass_: Pass, module: GraphModule, reference: GraphModule, probe: Sequence[Any]) -> None:
     leaves = torch.utils._pytree.tree_leaves
     with torch.no_grad():
         results, expected = leaves(module(*probe)), leaves(reference(*probe))

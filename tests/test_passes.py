@@ -117,7 +117,7 @@ class TestQuantizeLinear:
 
 
 class _Faulty:
-    name, numerics, expected = "faulty", "exact", None
+    name, level, numerics, expected = "faulty", "aot", "exact", None
 
     def __init__(self, change):
         self.change = change
