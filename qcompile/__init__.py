@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api import dequantize, export, plan, quantize, report
     from .checkpoint import inspect, load, save
     from .config import QuantConfig
+    from .conversion import convert
     from .errors import (
         CalibrationError,
         ConfigError,
@@ -33,6 +34,7 @@ _HOME = {
     "api": ("quantize", "plan", "report", "dequantize", "export"),
     "checkpoint": ("save", "load", "inspect"),
     "config": ("QuantConfig",),
+    "conversion": ("convert",),
     "types": ("Plan", "Report", "Scheme"),
     "errors": (
         "QcompileError",
@@ -58,6 +60,7 @@ __all__ = [
     "Scheme",
     "TraceError",
     "UnsupportedError",
+    "convert",
     "dequantize",
     "export",
     "inspect",

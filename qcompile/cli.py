@@ -184,6 +184,25 @@ def quantize(
         print(f"report: {report.resolve()}")
 
 
+@app.command(epilog="Example: [bold]qcompile convert tiny_w4 tiny_gptq --format gptq_v2[/]")
+def convert(
+    path: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors, gptq, gptq_v2, awq or modelslim.", show_default=False)
+    ],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a quantized checkpoint in another format: the same codes, scales and zero points.
+
+    Exits with 1, and writes nothing, if the format cannot hold a weight; the message names it and says why.
+    """
+    import qcompile
+
+    qcompile.convert(path, out, format=format, overwrite=overwrite)
+    print(f"converted: {out.resolve()}")
+
+
 @app.command(epilog='Example: [bold]qcompile generate tiny_w4 --prompt "def main(" --max-new-tokens 40[/]')
 def generate(
     path: Checkpoint,
