@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import ops  # noqa: F401  (the ops must be registered before a graph that calls them is compiled)
+from . import ops, plugins  # noqa: F401  (the ops must be registered before a graph that calls them is compiled)
 from .adopt import adopt_compiled_modules
 from .config import QuantConfig, as_config
 from .errors import ConfigError, PassError, did_you_mean
@@ -34,6 +34,8 @@ class Options(BaseModel):
     config       quantize a float model at its first call (a preset, a dict, a QuantConfig or a path)
     regions      compile equal decoder blocks once (default) instead of the whole graph at once
     allow_float  compile a graph in which nothing is quantized instead of raising
+    npu_graph    what runs the graph on an NPU: "npugraph_ex", "aclgraph", "torchair" or "eager" (default: the first of
+                 them that can be used)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -41,6 +43,7 @@ class Options(BaseModel):
     config: QuantConfig | None = None
     regions: bool = True
     allow_float: bool = False
+    npu_graph: str | None = None
 
 
 def backend(
@@ -62,7 +65,13 @@ def backend(
         _refuse_float(module)
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
     compiler = _Inner(own, tensors)
+    if own.npu_graph is not None and compiler.finish is None:
+        raise ConfigError(f"option 'npu_graph' is about NPUs, but this model is on {_device(tensors)}")
     with torch._functorch.config.patch(enable_autograd_cache=False):
+        if compiler.finish is not None:
+            from torch._dynamo.backends.common import aot_autograd
+
+            return aot_autograd(fw_compiler=compiler, inference_compiler=compiler)(module, list(example_inputs))
         return compile_fx(
             module,
             list(example_inputs),
@@ -125,11 +134,19 @@ def _refuse_float(module: GraphModule) -> None:
     )
 
 
+def _device(tensors: Sequence[Tensor]) -> str:
+    """Where the inputs of a graph are."""
+    return next((tensor.device.type for tensor in tensors), "cpu")
+
+
 class _Inner:
-    """``inner_compile`` of compile_fx: passes, cut, Inductor."""
+    """``inner_compile`` of compile_fx: passes, cut, Inductor; or passes and what the device itself runs graphs with."""
 
     def __init__(self, options: Options, tensors: Sequence[Tensor]) -> None:
         self.options, self.tensors = options, tensors
+        device = _device(tensors)
+        backend = plugins.find("backends", device) if device in plugins.names("backends") else None
+        self.finish = getattr(backend, "finish", None)
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any], **kwargs: Any):
         started = time.perf_counter()
@@ -148,13 +165,17 @@ class _Inner:
 
         from .passes.pipeline import compile_passes
 
-        records = [run_pass(pass_, module) for pass_ in compile_passes(select_decomp_table())]
+        table = select_decomp_table() if self.finish is None else None
+        records = [run_pass(pass_, module) for pass_ in compile_passes(table)]
         no_semantic_ops_left(module, [near for record in records for near in record.rejected])
         return records
 
     def _compile(self, module: GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]):
         from torch._inductor.compile_fx import compile_fx_inner
 
+        if self.finish is not None:
+            static = torch._guards.TracingContext.get().fw_metadata.static_input_indices
+            return self.finish(module, example_inputs, static, self.options.npu_graph), 1, 1
         pieces = cut(module) if self.options.regions else []
         if len(pieces) < 2:
             return compile_fx_inner(module, example_inputs, **kwargs), 1, 1
