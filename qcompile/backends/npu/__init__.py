@@ -6,16 +6,18 @@ Planning and inspecting need no torch_npu. README.md in this folder says what wa
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import GraphModule
 
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
+from . import graphs
 from .chips import target
 from .integers import Int4Matmul, Int8Int4, Int8Matmul, Int8Static
+from .norms import NORMS
 from .operations import OPERATIONS
 from .reference import Dequantize
 from .weight_only import Int4WeightOnly, Int8WeightOnly
@@ -34,20 +36,20 @@ class NPU:
         Int4WeightOnly(), Int8WeightOnly(), Int8Static(nz=True), Int8Static(), Int4Matmul(nz=True), Int4Matmul(),
         Int8Int4(nz=True), Int8Int4(), Int8Matmul(nz=True), Int8Matmul(), Dequantize(),
     )  # fmt: skip
-    operations: Mapping[str, Operation] = OPERATIONS
+    operations: Mapping[str, Operation] = {**OPERATIONS, **NORMS}
 
     def missing(self) -> str:
         """Which package is not installed, or that it sees no chip; "" when one can be used."""
-        release = torch.__version__.partition("+")[0]
-        if importlib.util.find_spec("torch_npu") is None:
-            return (
-                f"torch_npu is not installed; it comes with Ascend's CANN toolkit and in the version of torch: "
-                f"pip install torch-npu=={release}"
-            )
+        if missing := graphs.missing_package():
+            return missing
         importlib.import_module("torch_npu")
         if not torch.npu.is_available():  # type: ignore[attr-defined]
             return "torch_npu is installed but sees no Ascend chip"
         return ""
+
+    def finish(self, module: GraphModule, inputs: Sequence[Any], static: Sequence[int], mode: str | None) -> Callable:
+        """What runs a lowered graph: ``graphs.finish``."""
+        return graphs.finish(module, inputs, static, mode)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called ``name``."""

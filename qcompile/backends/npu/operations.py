@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ... import gates, numerics
 from ...moe import gate_first
-from ...ops import activation_of, find_kernel, scheme_of
-from ...types import ActivationType, Scheme
+from ...ops import FLOAT, activation_of, find_kernel, scheme_of
+from ...types import ActivationType
 from . import layouts
 from .grouping import Groups, grouped_matmul, owners, send
 from .kernels import npu, number_of
@@ -92,16 +92,28 @@ class QuantExperts:
         dtype: torch.dtype,
     ) -> Tensor:
         """As ``moe.run_experts``."""
-        first, second = (find_kernel(kernel) for kernel in kernels.split("|"))
-        up_scheme, down_scheme = (scheme_of(scheme) for scheme in schemes.split("|"))
+        names = zip(kernels.split("|"), schemes.split("|"), strict=True)
+        first, second = (_Product(*name, weight, dtype) for name, weight in zip(names, (up, down), strict=True))
         rows, groups, places = send(x, ids, sizes[0])
         if len(rows) == 1:
-            rows = _quantized(rows[0], groups, up_params, up_scheme)
-        hidden = first.grouped(rows, groups, up, up_scheme, dtype)
-        hidden = _biased(hidden, groups, up_bias)
-        rows = _activated(hidden, groups, activation, down_params, down_scheme)
-        result = second.grouped(rows, groups, down, down_scheme, dtype)
-        return places.combine(_biased(result, groups, down_bias), routing).to(dtype)
+            rows = _quantized(rows[0], groups, up_params, first.activation)
+        hidden = _biased(first(rows, groups), groups, up_bias)
+        rows = _activated(hidden, groups, activation, down_params, second.activation)
+        return places.combine(_biased(second(rows, groups), groups, down_bias), routing).to(dtype)
+
+
+class _Product:
+    """One of the two products: of a kernel, or (scheme and kernel "float") with a float weight [experts, out, in]."""
+
+    def __init__(self, kernel: str, scheme: str, weight: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.scheme = None if scheme == FLOAT else scheme_of(scheme)
+        self.activation = self.scheme.activation if self.scheme else None
+        self.kernel, self.weight, self.dtype = kernel, weight, dtype
+
+    def __call__(self, rows: Sequence[Tensor], groups: Groups) -> Tensor:
+        if self.scheme is None:
+            return grouped_matmul(rows[0], self.weight[0].transpose(1, 2), groups, self.dtype)
+        return find_kernel(self.kernel).grouped(rows, groups, self.weight, self.scheme, self.dtype)
 
 
 class FloatExperts:
@@ -139,9 +151,8 @@ def _biased(rows: Tensor, groups: Groups, bias: Tensor | None) -> Tensor:
     return rows if bias is None else rows + bias.index_select(0, owners(groups, rows.shape[0]))
 
 
-def _quantized(rows: Tensor, groups: Groups, params: Sequence[Tensor], scheme: Scheme) -> list[Tensor]:
+def _quantized(rows: Tensor, groups: Groups, params: Sequence[Tensor], kind: ActivationType | None) -> list[Tensor]:
     """What a product reads: the float rows, or their codes with what belongs to them."""
-    kind = scheme.activation
     if kind is None:
         return [rows]
     if is_plain_dynamic(kind) and (kind.bits == 8 or rows.shape[-1] % 8 == 0):
@@ -152,14 +163,14 @@ def _quantized(rows: Tensor, groups: Groups, params: Sequence[Tensor], scheme: S
 
 
 def _activated(
-    hidden: Tensor, groups: Groups, activation: str, params: Sequence[Tensor], scheme: Scheme
+    hidden: Tensor, groups: Groups, activation: str, params: Sequence[Tensor], kind: ActivationType | None
 ) -> list[Tensor]:
-    """The gated activation of rows [n, 2 * intermediate], quantized for the second product."""
-    kind, settings = scheme.activation, _swiglu_settings(activation)
+    """The gated activation of rows [n, 2 * intermediate], as the second product reads it."""
+    settings = _swiglu_settings(activation)
     if settings is not None and kind is not None and kind.bits == 8 and is_plain_dynamic(kind):
         codes, scale = npu.npu_dequant_swiglu_quant.default(hidden, activate_left=True, quant_mode=1, **settings)
         return [codes, scale[:, None]]
-    return _quantized(_gated(hidden, activation), groups, params, scheme)
+    return _quantized(_gated(hidden, activation), groups, params, kind)
 
 
 def _gated(hidden: Tensor, activation: str) -> Tensor:
