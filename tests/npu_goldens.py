@@ -385,10 +385,75 @@ def npu_moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_
     return (rows.float() * probs.float()[..., None]).sum(1).to(permuted_tokens.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+def normalized(total: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(norm of float32 rows, reciprocal root of their mean square), in float32."""
+    root = torch.rsqrt(total.square().mean(-1, keepdim=True) + epsilon)
+    return total * root * gamma.float(), root
+
+
+def need_norm(x: Tensor, gamma: Tensor) -> None:
+    need(x.dtype in HALF and gamma.dtype == x.dtype, f"x is {x.dtype}, gamma {gamma.dtype}")
+    need(gamma.shape == x.shape[-1:], f"gamma {list(gamma.shape)}")
+
+
+def npu_rms_norm(input, gamma, epsilon=1e-6):
+    need_norm(input, gamma)
+    normal, root = normalized(input.float(), gamma, epsilon)
+    return normal.to(input.dtype), root
+
+
+def npu_add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    need_norm(x1, gamma)
+    need(x1.shape == x2.shape and x1.dtype == x2.dtype, "x1 and x2 differ")
+    total = x1.float() + x2.float()
+    normal, root = normalized(total, gamma, epsilon)
+    return normal.to(x1.dtype), root, total.to(x1.dtype)
+
+
+def npu_add_rms_norm_dynamic_quant(
+    x1, x2, gamma, *, smooth_scale1=None, smooth_scale2=None, beta=None, epsilon=1e-6, output_mask=None, y_dtype=None
+):
+    need_norm(x1, gamma)
+    need(x1.shape == x2.shape and x1.dtype == x2.dtype and x1.dim() > 1, "x1 and x2 differ")
+    need(all(other is None for other in (smooth_scale1, smooth_scale2, beta, y_dtype)), "not used here")
+    need(list(output_mask) == [True, False], "not used here")
+    total = x1.float() + x2.float()
+    normal, _ = normalized(total, gamma, epsilon)
+    scale = normal.abs().amax(-1) / 127
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = torch.round(normal / safe[..., None]).to(torch.int8)
+    return codes, torch.empty(0, dtype=torch.int8), total.to(x1.dtype), scale, torch.empty(0)
+
+
+def npu_add_rms_norm_quant(
+    x1, x2, gamma, scales1, zero_points1, beta=None, scales2=None, zero_points2=None, *, axis=-1, epsilon=1e-6,
+    div_mode=True, dst_type=None,
+):  # fmt: skip
+    need_norm(x1, gamma)
+    need(x1.shape == x2.shape and x1.dtype == x2.dtype, "x1 and x2 differ")
+    others = (beta, scales2, zero_points2, dst_type)
+    need(all(other is None for other in others) and axis == -1 and div_mode, "not used here")
+    scale_dtype, zero_dtype = (
+        (torch.float32, torch.int32) if x1.dtype == torch.float16 else (torch.bfloat16, torch.bfloat16)
+    )
+    need(scales1.dtype == scale_dtype and scales1.shape == gamma.shape, f"scales1 {scales1.dtype}")
+    if zero_points1 is not None:
+        need(zero_points1.dtype == zero_dtype and zero_points1.shape == gamma.shape, f"{zero_points1.dtype}")
+    total = x1.float() + x2.float()
+    normal, _ = normalized(total, gamma, epsilon)
+    zero = 0 if zero_points1 is None else zero_points1.float()
+    codes = torch.round(normal / scales1.float() + zero).clamp(-128, 127).to(torch.int8)
+    return codes, torch.empty(1, dtype=torch.int8), total.to(x1.dtype)
+
+
 GOLDENS = {
     function.__name__: function
     for function in (
-        npu_dynamic_quant, npu_quantize, npu_dequant_swiglu_quant, npu_swiglu, npu_weight_quant_batchmatmul,
-        npu_quant_matmul, npu_trans_quant_param, npu_grouped_matmul, npu_moe_init_routing_v2, npu_moe_token_unpermute,
+        npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_add_rms_norm_quant, npu_dynamic_quant,
+        npu_quantize, npu_dequant_swiglu_quant, npu_swiglu, npu_weight_quant_batchmatmul, npu_quant_matmul,
+        npu_trans_quant_param, npu_grouped_matmul, npu_moe_init_routing_v2, npu_moe_token_unpermute,
     )
 }  # fmt: skip

@@ -1,12 +1,14 @@
 """torch_npu's operators without torch_npu: its schemas, shapes for tracing, and the goldens on the CPU.
 
-``define()`` registers them once per process. A call that does not fit its schema (a name, an order, a keyword, a type)
-fails in PyTorch's dispatcher, and one that does not fit its contract in the golden.
+``define()`` registers them once per process, or the goldens alone where torch_npu is imported. A call that does not fit
+its schema (a name, an order, a keyword, a type) fails in the dispatcher, and one that does not fit its contract in
+the golden.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -51,7 +53,23 @@ def _routing(x, expert_idx, *, expert_num=-1, **_):
     )  # fmt: skip
 
 
+def _root(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _norm_dynamic_quant(x1, x2, gamma, **_):
+    codes, scale = torch.empty_like(x1, dtype=torch.int8), x1.new_empty(x1.shape[:-1], dtype=torch.float32)
+    nothing = x1.new_empty((0,), dtype=torch.float32)
+    return codes, nothing.to(torch.int8), torch.empty_like(x1), scale, nothing
+
+
 FAKES = {
+    "npu_rms_norm": lambda x, *_: (torch.empty_like(x), _root(x)),
+    "npu_add_rms_norm": lambda x, *_: (torch.empty_like(x), _root(x), torch.empty_like(x)),
+    "npu_add_rms_norm_dynamic_quant": _norm_dynamic_quant,
+    "npu_add_rms_norm_quant": lambda x, *_, **__: (
+        torch.empty_like(x, dtype=torch.int8), x.new_empty((1,), dtype=torch.int8), torch.empty_like(x)
+    ),
     "npu_dynamic_quant": _dynamic_quant,
     "npu_quantize": lambda input, *_: input.new_empty(input.shape, dtype=torch.int8),
     "npu_dequant_swiglu_quant": lambda x, **_: (
@@ -71,7 +89,12 @@ FAKES = {
 
 @functools.cache
 def define() -> torch.library.Library:
-    """Register the operators of GOLDENS under their real schemas."""
+    """Register the goldens as the operators' CPU kernels, under torch_npu's schemas and shapes where it is imported."""
+    if "torch_npu" in sys.modules:
+        library = torch.library.Library("npu", "IMPL")
+        for name, golden in GOLDENS.items():
+            library.impl(name, golden, "CPU")
+        return library
     library = torch.library.Library("npu", "DEF")
     for name, schema in schemas().items():
         if name in GOLDENS:
