@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
-from types import MethodType
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class BlockForm:
 def set_form(block: nn.Module, form: BlockForm) -> None:
     """Let ``block`` compute ``form``; its experts must take (hidden states, chosen experts, weights) from now on."""
     vars(block)[_FORM] = form
-    vars(block)["forward"] = MethodType(_forward, block)
+    vars(block)["forward"] = partial(_forward, block)  # unlike a method it can be pickled
 
 
 def clear_form(block: nn.Module) -> None:

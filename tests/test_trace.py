@@ -294,6 +294,7 @@ class TestNoGraph:
         ("model_under_trace.model.norm", "model.norm"),
         ("model_under_trace", ""),
         ("_orig_mod.lm_head", "lm_head"),
+        ("L['self'].layers.0.mlp.forward.args[0].router", "layers.0.mlp.router"),
     ],
 )
 def test_tracers_names_are_turned_into_the_models(qualified, name):
