@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import gates, ops  # noqa: F401  (ops registers qcompile::quantize)
+from . import gates, numerics, ops  # noqa: F401  (ops registers qcompile::quantize)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,10 +119,18 @@ def gated_act_quantize(
     return [*torch.ops.qcompile.quantize(product, params, activation), *([product] if keep else [])]
 
 
+def quantize_words(x: Tensor, params: list[Tensor], activation: str) -> list[Tensor]:
+    """``quantize`` to 4 bits [..., 8 n], with eight codes in a word: [int32 [..., n], scale [..., 1]]."""
+    codes, scale = torch.ops.qcompile.quantize(x, params, activation)
+    return [numerics.pack_int4(codes), scale]
+
+
 DEFINITIONS: dict[str, Callable] = {
     function.__name__: function
-    for function in (rms_norm, add_rms_norm, gated_act, rms_norm_quantize, add_rms_norm_quantize, gated_act_quantize)
-}
+    for function in (
+        rms_norm, add_rms_norm, gated_act, rms_norm_quantize, add_rms_norm_quantize, gated_act_quantize, quantize_words,
+    )
+}  # fmt: skip
 
 for _name, _definition in DEFINITIONS.items():
     torch.library.custom_op(f"qcompile::{_name}", _definition, mutates_args=())

@@ -373,3 +373,15 @@ def _restored_rows(packed: PackedWeight) -> Iterator[tuple[slice, Tensor]]:
 def signed_codes(codes: Tensor) -> Tensor:
     """Canonical 8-bit codes (unsigned, zero point 128) as the signed int8 numbers that integer kernels multiply."""
     return (codes ^ 0x80).view(torch.int8)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 [..., 8 n] with numbers of -8 to 7 as int4 words int32 [..., n]: number i of eight in bits 4 i to 4 i + 3."""
+    low, high = values[..., 0::2] & 15, values[..., 1::2] << 4
+    return (low | high).contiguous().view(torch.int32)
+
+
+def unpack_int4(words: Tensor) -> Tensor:
+    """Inverse of ``pack_int4``: int32 [..., n] to int8 [..., 8 n]."""
+    pairs = words.contiguous().view(torch.int8)
+    return torch.stack([(pairs << 4) >> 4, pairs >> 4], -1).flatten(-2)
