@@ -13,6 +13,7 @@ from torch.fx import Node
 
 _NAMESPACES = ("aten", "prims")
 _CASTS = ("convert_element_type", "_to_copy", "to")
+RESHAPES = ("view", "reshape", "_unsafe_view")
 
 
 def op(node: Any) -> str:

@@ -7,6 +7,7 @@ from .canonicalize import Canonicalize
 from .fuse_gated_act_quant import FuseGatedActQuant
 from .fuse_norm_quant import FuseNormQuant
 from .lower import Lower
+from .pack_activations import PackActivations
 from .share_activation_quant import ShareActivationQuant
 
 
@@ -15,6 +16,7 @@ def compile_passes(decompositions: dict | None = None) -> list[Pass]:
     return [
         Canonicalize(),
         ShareActivationQuant(),
+        PackActivations(),
         FuseNormQuant(),
         FuseGatedActQuant(),
         Lower(decompositions),

@@ -13,9 +13,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from .base import Edit, Result, apply_rules, semantic_name
-from .matching import op, shape_of
-
-_RESHAPES = ("view", "reshape", "_unsafe_view")
+from .matching import RESHAPES, op, shape_of
 
 
 @dataclass
@@ -37,7 +35,7 @@ class BeforeReshape:
 
     def pattern(self, node: Node) -> Node | None:
         """``node`` quantizes a reshaped tensor of more or fewer axes."""
-        if semantic_name(node) != "quantize" or op(view := node.args[0]) not in _RESHAPES:
+        if semantic_name(node) != "quantize" or op(view := node.args[0]) not in RESHAPES:
             return None
         return node if shape_of(view)[-1:] == shape_of(view.args[0])[-1:] else None  # type: ignore[union-attr, arg-type]
 
