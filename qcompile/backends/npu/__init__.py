@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from ...errors import UnsupportedError, did_you_mean
-from ...kernels import Kernel
+from ...kernels import Kernel, Operation
 from . import graphs
 from .chips import target
 from .integers import Int4Matmul, Int8Int4, Int8Matmul, Int8Static
@@ -21,9 +21,6 @@ from .norms import NORMS
 from .operations import OPERATIONS
 from .reference import Dequantize
 from .weight_only import Int4WeightOnly, Int8WeightOnly
-
-if TYPE_CHECKING:
-    from ...kernels import Operation
 
 __all__ = ["BACKEND", "NPU", "target"]
 

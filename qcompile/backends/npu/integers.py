@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import NO_PARAMS
+from ...numerics import pack_int4, unpack_int4
 from ...types import PackedWeight, Scheme, Site
 from . import chips, contract, layouts
 from .grouping import Ends, Groups, grouped_matmul
@@ -292,6 +293,7 @@ class Int4Matmul(IntegerKernel):
     """
 
     name = "int4"
+    takes_words = True
     what = "integer weights of at most 4 bits with dynamic 4-bit activations"
     rules = (
         token_matmul_on_chip, contract.half_precision, contract.within_limits, contract.one_scale_per_channel,
@@ -358,8 +360,8 @@ def _words(codes: Tensor, permutation: Sequence[Tensor], groups: Groups | None =
     if codes.dtype == torch.int32:
         if not permutation:
             return codes
-        codes = layouts.unpack_int4(codes)
-    return layouts.pack_int4(permuted(codes, permutation, groups))
+        codes = unpack_int4(codes)
+    return pack_int4(permuted(codes, permutation, groups))
 
 
 def _words_in_order(stored: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class NPUKernel(Kernel):
     FRACTAL_NZ, which is faster; the same one without stands behind it in the list.
     """
 
+    portable = False
     what = ""
     rules: tuple[Rule, ...] = ()
     nz_rules: tuple[Rule, ...] = ()

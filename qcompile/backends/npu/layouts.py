@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import numerics
+from ...numerics import pack_int4, unpack_int4
 
 ND, FRACTAL_NZ = 2, 29
 TORCH_NUMBERS = {
@@ -47,18 +48,6 @@ def unsigned(values: Tensor, bits: int) -> Tensor:
     """Inverse of ``signed``: canonical codes uint8 [..., bytes] of int8 [..., columns]."""
     codes = values.contiguous().view(torch.uint8)
     return codes ^ 0x80 if bits == 8 else numerics.pack_codes((codes + 2 ** (bits - 1)), bits)
-
-
-def pack_int4(values: Tensor) -> Tensor:
-    """int8 [..., n] with numbers of -8 to 7 as int4 words int32 [..., n / 8]."""
-    low, high = values[..., 0::2] & 15, values[..., 1::2] << 4
-    return (low | high).contiguous().view(torch.int32)
-
-
-def unpack_int4(words: Tensor) -> Tensor:
-    """Inverse of ``pack_int4``: int8 [..., 8 n]."""
-    pairs = words.contiguous().view(torch.int8)
-    return torch.stack([(pairs << 4) >> 4, pairs >> 4], -1).flatten(-2)
 
 
 Place = tuple[Any, ...]  # (rows,) or (expert, rows)

@@ -12,7 +12,6 @@ from ... import gates, numerics
 from ...moe import gate_first
 from ...ops import FLOAT, activation_of, find_kernel, scheme_of
 from ...types import ActivationType
-from . import layouts
 from .grouping import Groups, grouped_matmul, owners, send
 from .kernels import npu, number_of
 
@@ -63,8 +62,17 @@ class Quantize:
             return [codes.view(x.shape)]
         codes, scale = quantize_rows(rows, kind)
         if codes.dtype == torch.int32:
-            codes = layouts.unpack_int4(codes)
+            codes = numerics.unpack_int4(codes)
         return [codes.view(x.shape), scale.view(*x.shape[:-1], 1)]
+
+
+class QuantizeWords(Quantize):
+    """``qcompile::quantize_words``: what npu_dynamic_quant makes of 4 bits by itself."""
+
+    def compute(self, x: Tensor, params: Sequence[Tensor], activation: str) -> list[Tensor]:
+        """As ``fused_ops.quantize_words``."""
+        words, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation_of(activation))
+        return [words.view(*x.shape[:-1], -1), scale.view(*x.shape[:-1], 1)]
 
 
 class QuantExperts:
@@ -188,4 +196,9 @@ def _swiglu_settings(activation: str) -> dict[str, Any] | None:
     return {"swiglu_mode": 2, "clamp_limit": gate.limit, "glu_alpha": gate.alpha, "glu_bias": gate.shift}
 
 
-OPERATIONS: dict[str, Any] = {"quantize": Quantize(), "quant_experts": QuantExperts(), "experts": FloatExperts()}
+OPERATIONS: dict[str, Any] = {
+    "quantize": Quantize(),
+    "quantize_words": QuantizeWords(),
+    "quant_experts": QuantExperts(),
+    "experts": FloatExperts(),
+}

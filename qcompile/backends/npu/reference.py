@@ -20,6 +20,8 @@ class Dequantize(Kernel):
     whether they have rows or not.
     """
 
+    portable = False
+
     def refuses(self, site: Site, scheme: Scheme) -> str:
         if scheme.weight.number == "int":
             return ""
