@@ -159,7 +159,7 @@ def test_negative_scales_of_experts_lose_a_step():
     kernel = BACKEND.kernel("weight_int4")
     stored, scales, offsets = kernel.prepare(packed)
     assert (scales >= 0).all()
-    values = layouts.unpack_int4(stored).double() + offsets.double().repeat_interleave(64, 1)
+    values = numerics.unpack_int4(stored).double() + offsets.double().repeat_interleave(64, 1)
     exact = numerics.dequantize_packed(dataclasses.replace(packed, scales=packed.scales.double()))
     assert torch.equal(values * scales.double().repeat_interleave(64, 1), exact.transpose(1, 2))
 

@@ -60,7 +60,8 @@ def calls(modules, namespace="npu::") -> Counter:
 
 def quantized(family, scheme, dtype=torch.bfloat16):
     data = torch.randint(3, 150, (4, 32)) if "static" in scheme else None
-    return qcompile.quantize(tiny_model(family, dtype, num_hidden_layers=1, **MODELS[family]), scheme, data=data, progress=False)
+    model = tiny_model(family, dtype, num_hidden_layers=1, **MODELS[family])
+    return qcompile.quantize(model, scheme, data=data, progress=False)
 
 
 def defined(model, monkeypatch):

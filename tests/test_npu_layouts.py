@@ -24,13 +24,13 @@ def words(*values: int) -> list[int]:
 
 
 def test_words_of_worked_examples():
-    assert layouts.pack_int4(torch.arange(-8, 0, dtype=torch.int8)).tolist() == words(0xFEDCBA98)
-    assert layouts.pack_int4(torch.arange(8, dtype=torch.int8)).tolist() == words(0x76543210)
+    assert numerics.pack_int4(torch.arange(-8, 0, dtype=torch.int8)).tolist() == words(0xFEDCBA98)
+    assert numerics.pack_int4(torch.arange(8, dtype=torch.int8)).tolist() == words(0x76543210)
 
 
 def test_two_int4_in_a_byte_are_the_words_of_npu_convert_weight_to_int4pack():
     """Even columns in the low half: -3 and 5 are 0x5D, and four such bytes are one word."""
-    assert layouts.pack_int4(torch.tensor([-3, 5] * 4, dtype=torch.int8)).view(torch.uint8).tolist() == [0x5D] * 4
+    assert numerics.pack_int4(torch.tensor([-3, 5] * 4, dtype=torch.int8)).view(torch.uint8).tolist() == [0x5D] * 4
 
 
 @given(shapes, st.integers(2, 4))
