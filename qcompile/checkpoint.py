@@ -15,10 +15,11 @@ from .config import QuantConfig, as_config
 from .errors import ConfigError, UnsupportedError, shortened
 from .float_experts import held_tensors
 from .formats import Format, StoredSite
+from .memory import collection_paused
 from .modules import FloatWeight, QuantExperts, QuantWeight, quantized_modules, set_state
 from .planning import find_backend
 from .progress import progress_bar
-from .storage import PLAIN_CONFIG, Folder, ShardWriter, new_folder, write_json
+from .storage import Folder, ShardWriter, new_folder
 from .survey import Survey, moved
 from .types import Plan, Report, State
 
@@ -65,15 +66,7 @@ def save(
         section = None
         if sites:
             section = writer_format.quantization_config(sites, contents.float_modules, contents.float_names)
-        for side_file in writer_format.side_files[:1] if section else ():
-            write_json(folder / side_file, section)
-        inside = section if writer_format.in_config else None
-        if skeleton.is_transformers(model):
-            skeleton.copy_companions(model, folder)
-            skeleton.write_config(model, folder, inside, untied=skeleton.head_name(model) in contents.modules)
-        else:
-            described = {"model": type(model).__name__, **({"quantization_config": inside} if inside else {})}
-            write_json(folder / PLAIN_CONFIG, described)
+        skeleton.describe(model, folder, writer_format, section, untied=skeleton.head_name(model) in contents.modules)
     return Path(path)
 
 
@@ -91,7 +84,7 @@ class _Contents:
                 module = experts[name].get_submodule(projection)
                 if isinstance(module, FloatWeight):
                     self.floats |= {f"{name}.{own}": t for own, t in held_tensors(layout, i, module)}
-                elif not layout.listed:
+                elif isinstance(module, QuantWeight) and not layout.listed:
                     shapes[f"{name}.{layout.arithmetic.weights[i]}"] = module.shape
         shapes |= {name: tuple(tensor.shape) for name, tensor in self.floats.items()}
         shapes |= {f"{name}.weight": module.shape for name, module in self.modules.items() if len(module.shape) == 2}
@@ -139,8 +132,11 @@ class _Contents:
             for own in self.pieces[name]
             for piece in own
         ]
-        if planned:
-            format.quantization_config(planned, self.float_modules, self.float_names)
+        try:
+            if planned:
+                format.quantization_config(planned, self.float_modules, self.float_names)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{type(self.model).__name__} cannot be saved as {format.name}: {error}") from None
 
 
 def _write_tensors(writer: ShardWriter, format: Format, contents: _Contents, progress: bool | None) -> list[StoredSite]:
@@ -163,8 +159,8 @@ def _write_site(writer: ShardWriter, format: Format, module: QuantWeight, pieces
     for name, packed in parts.cut(moved(module.packed(), "cpu"), pieces):
         if reason := format.refuses(module.scheme, packed.shape, packed):
             raise UnsupportedError(f"{name} ({module.scheme}) cannot be saved as {format.name}: {reason}")
-        tensors = format.write(name, packed)
-        for stored, tensor in [*tensors.items(), *format.write_bias(name, packed, biases.get(name)).items()]:
+        tensors = format.write(name, packed, module.dtype) | format.write_bias(name, packed, biases.get(name))
+        for stored, tensor in tensors.items():
             writer.add(stored, tensor)
         layout = {"permuted": packed.permutation is not None}
         yield StoredSite(name, module.scheme, packed.shape, tuple(tensors), layout)
@@ -228,5 +224,5 @@ def inspect(
     Raises what ``load`` would raise for them.
     """
     backend = find_backend(device, to_run=False)
-    with Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
+    with collection_paused(), Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
         return Survey(folder, backend, device, model, None).plan

@@ -53,28 +53,46 @@ def stored_parts(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
     blocks: dict[str, list[str]] = {}
     for name in shapes:
         blocks.setdefault(block_name(name), []).append(name)
+    parts: dict[str, tuple[Part, ...]] = {}
+    known: dict[tuple, tuple[str, dict[str, tuple[Part, ...]]]] = {}  # by what a block holds: the first such block
+    for block, names in blocks.items():
+        kind = tuple((name.removeprefix(block), shapes[name]) for name in names)
+        if kind not in known:
+            known[kind] = block, _parts_of(model, names, shapes, revert_weight_conversion)
+        first, found = known[kind]
+        for name, own in found.items():
+            moved = (dataclasses.replace(p, name=block + p.name.removeprefix(first)) for p in own)
+            parts[block + name.removeprefix(first)] = own if block == first else tuple(moved)
+    return parts
+
+
+def _parts_of(
+    model: nn.Module, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], store: Callable
+) -> dict[str, tuple[Part, ...]]:
+    """``stored_parts`` of the tensors of one decoder block, or of those outside of any."""
+    starts, total = [], 0
+    for name in names:
+        starts.append(total)
+        total += _rows(shapes[name]) + 1  # so that no run of numbers goes from one tensor to the next
+    every = torch.arange(total)
+    numbers = {}
+    for name, start in zip(names, starts, strict=True):
+        rows = every[start : start + _rows(shapes[name])]
+        numbers[name] = rows.view(*shapes[name][:-1], 1) if len(shapes[name]) > 1 else rows.view(shapes[name])
     parts: dict[str, list[Part]] = {}
-    for names in blocks.values():
-        starts, numbers, total = [], {}, 0
-        for name in names:
-            starts.append(total)
-            numbers[name] = (torch.arange(_rows(shapes[name])) + total).view(*shapes[name][:-1], -1)
-            if len(shapes[name]) < 2:
-                numbers[name] = numbers[name].view(shapes[name])
-            total += _rows(shapes[name]) + 1  # so that no run of numbers goes from one tensor to the next
-        for stored, rows in revert_weight_conversion(model, numbers).items():  # type: ignore[arg-type]
-            first, count = int(rows.flatten()[0]), rows.numel()
-            place = bisect(starts, first) - 1
-            owner = names[place]
-            if not torch.equal(rows.flatten(), torch.arange(first, first + count)):
-                raise UnsupportedError(
-                    f"{type(model).__name__} stores {stored} in a form that is not a part of {owner} or of any other "
-                    "tensor that it has; such models are not supported yet"
-                )
-            start = first - starts[place]
-            shape = (*rows.shape[:-1], shapes[owner][-1]) if rows.dim() > 1 else tuple(rows.shape)
-            if (stored, start, count) != (owner, 0, _rows(shapes[owner])):
-                parts.setdefault(owner, []).append(Part(stored, start, shape))
+    for stored, rows in store(model, numbers).items():
+        first, count = int(rows.flatten()[0]), rows.numel()
+        place = bisect(starts, first) - 1
+        owner = names[place]
+        if not torch.equal(rows.flatten(), every[first : first + count]):
+            raise UnsupportedError(
+                f"{type(model).__name__} stores {stored} in a form that is not a part of {owner} or of any other "
+                "tensor that it has; such models are not supported yet"
+            )
+        start = first - starts[place]
+        shape = (*rows.shape[:-1], shapes[owner][-1]) if rows.dim() > 1 else tuple(rows.shape)
+        if (stored, start, count) != (owner, 0, _rows(shapes[owner])):
+            parts.setdefault(owner, []).append(Part(stored, start, shape))
     return {name: tuple(sorted(found, key=lambda part: part.start)) for name, found in parts.items()}
 
 
@@ -134,7 +152,10 @@ def expert_pieces(layout: ExpertsLayout, projection: int, parts: Mapping[str, Se
     names = [f"{layout.name}.{{}}.{name}" for name in own]
     found = () if layout.listed else parts.get(f"{layout.name}.{own[0]}", ())
     if found and all(part.rows <= rows for part in found):  # else all experts are stored in one tensor
-        return tuple(_of_expert(found, expert, rows) for expert in range(layout.experts))
+        of_experts: list[list[Part]] = [[] for _ in range(layout.experts)]
+        for part in found:
+            of_experts[part.start // rows].append(part)
+        return tuple(_of_expert(own, expert, rows) for expert, own in enumerate(of_experts))
     if not layout.listed:
         gate_up = NAMES[:2] if rows == 2 * form.intermediate else NAMES[1:2]
         names = [f"{layout.name}.{{}}.{name}" for name in (NAMES[2:] if projection else gate_up)]
@@ -149,8 +170,7 @@ def expert_pieces(layout: ExpertsLayout, projection: int, parts: Mapping[str, Se
     )
 
 
-def _of_expert(parts: Sequence[Part], expert: int, rows: int) -> tuple[Piece, ...]:
-    own = [part for part in parts if expert * rows <= part.start < (expert + 1) * rows]
+def _of_expert(own: Sequence[Part], expert: int, rows: int) -> tuple[Piece, ...]:
     if sum(part.rows for part in own) != rows or not all(part.name.endswith(".weight") for part in own):
         names = shortened(part.name for part in own)
         raise UnsupportedError(f"{names}: experts that are stored so cannot be read or written quantized")
@@ -245,7 +265,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 def stack(experts: Iterable[PackedWeight], count: int) -> PackedWeight:
     """The weights of ``count`` experts as one; they are taken one by one, into memory that the first one sizes."""
     whole: dict[str, Tensor] = {}
-    scheme, shape = None, ()
+    scheme: Scheme | None = None
+    shape: tuple[int, ...] = ()
     for index, expert in enumerate(experts):
         tensors = expert.tensors()
         if "permutation" in whole and expert.permutation is None:
@@ -285,10 +306,10 @@ def _row_slice(packed: PackedWeight, piece: Piece) -> PackedWeight:
         raise UnsupportedError(f"{piece.name} begins in row {piece.start}, within a block of {height} rows")
     rows = slice(piece.start, piece.start + piece.rows)
     above = slice(None) if weight.per_tensor else slice(piece.start // height, -(-rows.stop // height))
-    changed = {"codes": packed.codes[rows], "scales": packed.scales[above]}
-    if packed.zeros is not None:
-        changed["zeros"] = packed.zeros[above]
-    return dataclasses.replace(packed, shape=(piece.rows, packed.shape[1]), **changed)
+    zeros = None if packed.zeros is None else packed.zeros[above]
+    return dataclasses.replace(
+        packed, shape=(piece.rows, packed.shape[1]), codes=packed.codes[rows], scales=packed.scales[above], zeros=zeros
+    )
 
 
 def linear_shapes(pieces: Pieces, in_features: int) -> dict[str, Shape]:

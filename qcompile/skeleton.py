@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, FormatError, UnsupportedError, shortened
+from .formats import Format
 from .modules import FloatWeight, QuantWeight
-from .storage import CONFIG, write_json
+from .storage import CONFIG, PLAIN_CONFIG, write_json
 
 _GENERATION = "generation_config.json"
 _COMPANIONS = (
@@ -186,26 +187,34 @@ def _identity(tensor: Tensor) -> Any:
 # ----------------------------------------------------------------------------------------------------------- norms
 
 
-def add_norm_bias(model: nn.Module, name: str) -> None:
-    """Let the norm called ``name`` add a bias to what it gives; its parameter ``bias`` is still to be filled.
+def add_bias(model: nn.Module, name: str) -> None:
+    """Give the norm or Linear called ``name`` a parameter ``bias``, still to be filled, that is added to its result.
 
-    Smoothing with a shift (ModelSlim's anti-outlier) moves the mean of activations there. FormatError where there is no
-    norm without a bias.
+    Smoothing with a shift (ModelSlim's anti-outlier) moves the mean of activations there. FormatError where there is
+    none that lacks a bias.
     """
-    norm = dict(model.named_modules()).get(name)
-    weight = norm._parameters.get("weight") if norm is not None else None
-    if norm is None or weight is None or weight.dim() != 1 or getattr(norm, "bias", None) is not None:
-        raise FormatError(f"{name}.bias is stored, but {name} is no norm of the model that lacks a bias")
-    norm.register_parameter("bias", nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
-    norm.register_forward_hook(_add_bias)
+    module = dict(model.named_modules()).get(name)
+    weight = module._parameters.get("weight") if module is not None else None
+    is_linear = isinstance(module, nn.Linear)
+    if (
+        module is None
+        or weight is None
+        or getattr(module, "bias", None) is not None
+        or not (is_linear or weight.dim() == 1)
+    ):
+        raise FormatError(f"{name}.bias is stored, but {name} is no norm or Linear of the model that lacks a bias")
+    bias = torch.empty(weight.shape[:1], dtype=weight.dtype, device="meta")
+    module.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
+    if not is_linear:
+        module.register_forward_hook(_add_bias)
 
 
 def shifted_norms(model: nn.Module) -> list[str]:
-    """Names of the norms that ``add_norm_bias`` changed."""
+    """Names of the norms that ``add_bias`` changed."""
     return [name for name, module in model.named_modules() if _add_bias in module._forward_hooks.values()]
 
 
-def _add_bias(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _add_bias(norm: Any, inputs: Any, output: Tensor) -> Tensor:
     return output + norm.bias.to(output.dtype)
 
 
@@ -223,6 +232,19 @@ def matrices(model: nn.Module) -> list[str]:
     owners = ((name, module) for name, module in model.named_modules() if not isinstance(module, nn.Embedding))
     weights = ((name, module._parameters.get("weight")) for name, module in owners)
     return [f"{name}.weight".lstrip(".") for name, weight in weights if weight is not None and weight.dim() == 2]
+
+
+def describe(model: Any, folder: Path, format: Format, section: Mapping[str, Any] | None, untied: bool) -> None:
+    """Write all that a checkpoint holds beside tensors; ``section`` is None for a float one."""
+    if section and format.side_files:
+        write_json(folder / format.side_files[0], section)
+    inside = section if format.in_config else None
+    if is_transformers(model):
+        copy_companions(model, folder)
+        write_config(model, folder, inside, untied)
+    else:
+        quantization = {"quantization_config": inside} if inside else {}
+        write_json(folder / PLAIN_CONFIG, {"model": type(model).__name__, **quantization})
 
 
 def write_config(model: Any, folder: Path, section: Mapping[str, Any] | None, untied: bool) -> None:

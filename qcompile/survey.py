@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .detection import detect_format, with_side_file
 from .errors import ConfigError, FormatError, UnsupportedError, shortened
 from .experts import find_experts
 from .float_experts import fuse, projections, slots
-from .formats import StoredSite, TensorHeader
+from .formats import Shape, StoredSite, TensorHeader
 from .kernels import Backend, choose
 from .modules import FloatWeight, module_of, quantized_modules, replace_module
 from .progress import progress_bar
@@ -62,7 +62,7 @@ class Survey:
         self.layouts = find_experts(self.model)
         self.of_experts = projections(self.layouts)
         self.sites = [dataclasses.replace(site, dtype=self.dtype) for site in walk_sites(self.model, self.layouts)]
-        self.renamed = self._add_norm_biases(config)
+        self.renamed = self._add_biases(config)
         shapes = {name: tuple(slot.tensor.shape) for slot in skeleton.slots(self.model) for name in slot.names}
         self.parts = parts.stored_parts(self.model, shapes)
         self.pieces = {site.name: self._pieces_of(site) for site in self.sites}
@@ -79,15 +79,16 @@ class Survey:
 
     # ---------------------------------------------------------------------------------------------------- what is there
 
-    def _add_norm_biases(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """Give norms the biases that are stored for them; stored names of what norms have, by names in the model."""
+    def _add_biases(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Give modules the biases that are stored for them; stored names of what they have, by names in the model."""
         if self.format is None:
             return {}
-        renamed = dict(self.format.norm_biases(config, self.folder.headers))
-        for name in renamed:
-            norm, _, leaf = name.rpartition(".")
+        renamed = dict(self.format.added_tensors(config, self.folder.headers))
+        held = {name for slot in skeleton.slots(self.model) for name in slot.names}
+        for name in renamed.keys() - held:
+            module, _, leaf = name.rpartition(".")
             if leaf == "bias":
-                skeleton.add_norm_bias(self.model, norm)
+                skeleton.add_bias(self.model, module)
         return renamed
 
     def _pieces_of(self, site: Site) -> parts.Pieces:
@@ -100,7 +101,7 @@ class Survey:
         """The quantized weights of the checkpoint, by site."""
         if self.format is None:
             return {}
-        linears = {}
+        linears: dict[str, Shape] = {}
         experts: set[str] = set()
         for site in self.sites:
             shapes = parts.linear_shapes(self.pieces[site.name], site.in_features)
@@ -227,6 +228,14 @@ class Survey:
         total = sum(t.numel() * (self.dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
         return total - sum(site.float_bytes for site in self.sites)
 
+    def float_names(self) -> Iterator[str]:
+        """Every stored tensor that belongs to no quantized site; the name in the model where only that differs."""
+        renamed = {stored: name for name, stored in self.renamed.items()}
+        for slot in self.slots:
+            names, stored = self._places(slot)
+            present = [part.name for part in stored] or names[:1]
+            yield from (renamed.get(name, name) for name in present)
+
     # ---------------------------------------------------------------------------------------------------------- reading
 
     def load_floats(self) -> None:
@@ -271,12 +280,13 @@ class Survey:
     def _load_site(self, planned: PlannedSite) -> SiteResult:
         module = self.model.get_submodule(planned.site.name)
         assert isinstance(module, nn.Linear | FloatWeight)
-        weight, sqnr, bias = self.weights.get(planned.site.name), None, module.bias
+        weight, sqnr = self.weights.get(planned.site.name), None
+        bias: Tensor | None = module.bias
         try:
             if weight is None:
                 packed, sqnr = quantize_stored(self, planned)
             else:
-                packed = _fit(parts.read_weight(weight, self._read_stored), planned)
+                packed = _fit(parts.read_weight(weight, self.read_stored), planned)
                 bias = self._bias(weight, module.bias)
         except (FormatError, UnsupportedError) as error:
             file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
@@ -285,7 +295,8 @@ class Survey:
         replace_module(self.model, module, quantized)
         return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.buffers()), sqnr)
 
-    def _read_stored(self, stored: StoredSite) -> PackedWeight:
+    def read_stored(self, stored: StoredSite) -> PackedWeight:
+        """The canonical weight of one stored Linear."""
         assert self.format is not None
         return self.format.read(stored, self.folder.read)
 

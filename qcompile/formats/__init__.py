@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..types import PackedWeight, Scheme
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]  # [out, in]
 Get = Callable[[str], Tensor]
 
 
@@ -53,12 +54,14 @@ class Format:
     side_files: names (or patterns) of JSON files with the quantization section. ``save`` writes the first, ``load``
     looks for all of them where config.json has no such section, and takes the format's name for a missing
     quant_method. in_config: whether config.json holds the section too. stem: how tensor files are called.
+    stores_norm_biases: whether norms may have a bias that their class does not have.
     """
 
     name: str
     side_files: tuple[str, ...] = ()
     in_config = True
     stem = "model"
+    stores_norm_biases = False
 
     def detect(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> bool:
         """Whether a checkpoint with this config.json and these tensors is in this format."""
@@ -88,8 +91,8 @@ class Format:
         """The bias of a site that owns it, None where there is none."""
         return None
 
-    def norm_biases(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> Mapping[str, str]:
-        """Stored names, by names in the model, of what norms have beyond those of the float model.
+    def added_tensors(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> Mapping[str, str]:
+        """Stored names, by names in the model, of tensors that norms and float Linears have beyond the float model's.
 
         ``<norm>.bias`` is added to what the norm gives; ``<norm>.weight`` may be stored under another name.
         """
@@ -99,8 +102,8 @@ class Format:
         """Why this format cannot express a scheme of such a shape (or this weight); "" when it can."""
         raise NotImplementedError
 
-    def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
-        """The tensors that store ``packed`` for the module ``name``, by full name."""
+    def write(self, name: str, packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        """The tensors that store ``packed`` for the module ``name``, which computes in ``dtype``, by full name."""
         raise NotImplementedError
 
     def write_bias(self, name: str, packed: PackedWeight, bias: Tensor | None) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ def fits(stored: Stored, wanted: Wanted) -> bool:
 
 def check(name: str, stored: Stored, wanted: Wanted, about: str) -> None:
     """FormatError that names file and tensor unless the module fits."""
+    if fits(stored, wanted):
+        return
     where = next(iter(stored.values())).file
     missing = [suffix for suffix in wanted if suffix not in stored]
     for suffix, (dtypes, *shapes) in wanted.items():

@@ -66,20 +66,20 @@ def wanted(shape: Shape, scheme: Scheme, codes: str, padded: bool) -> Wanted:
     (out, inn), weight = shape, scheme.weight
     rows, groups = weight.scale_rows(out), weight.groups(inn)
     words = width(inn, weight.bits, padded)
-    table = {
+    table: dict[str, dict[str, tuple]] = {
         "words": {"weight_packed": (("I32",), (out, words)), "weight_shape": (("I64",), (2,))},
         "bytes": {"weight": (("I8",), (out, inn))},
         "pairs": {"weight": (("I8",), (out // 2, inn))},
         "floats": {"weight": (("F8_E4M3",), (out, inn))},
         "nibbles": {"weight_packed": (("U8",), (out, -(-inn // 2)))},
-    }[codes]
-    shapes = [(rows, groups)]
+    }
+    shapes: list[tuple[int, ...]] = [(rows, groups)]
     if weight.group_size is None and not weight.block:
         shapes += [(rows,), *_ONE]  # one scale for a whole integer weight is repeated for each channel
     dtypes = ("U8", "F8_E8M0") if weight.number in _POWERS else ("F8_E4M3",) if weight.number == "nvfp4" else FLOATS
     if codes == "pairs":
         dtypes = (*dtypes, "I64", "U64")
-    result: dict[str, tuple] = {"weight_scale": (dtypes, *shapes), **table}
+    result: dict[str, tuple] = {"weight_scale": (dtypes, *shapes), **table[codes]}
     if not weight.symmetric and codes == "words":
         result["weight_zero_point"] = (("I32",), (width(out, weight.bits, padded), groups))
     elif not weight.symmetric:
@@ -143,9 +143,9 @@ def _scales(site: StoredSite, get: Get) -> Tensor:
 def _codes(site: StoredSite, get: Get) -> Tensor:
     weight, (out, inn), kind = site.scheme.weight, site.shape, site.layout["codes"]
     if kind == "words":
-        stored = get(f"{site.name}.weight_shape").tolist()
-        if stored != [out, inn]:
-            raise FormatError(f"{site.name}.weight_shape says {stored}, but the model's Linear is {[out, inn]}")
+        shape = get(f"{site.name}.weight_shape").tolist()
+        if shape != [out, inn]:
+            raise FormatError(f"{site.name}.weight_shape says {shape}, but the model's Linear is {[out, inn]}")
         return from_words(get(f"{site.name}.weight_packed"), weight.bits, inn, site.layout["padded"])
     if kind == "nibbles":
         return get(f"{site.name}.weight_packed")

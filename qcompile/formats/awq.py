@@ -117,7 +117,7 @@ class Awq(Format):
             return "AWQ cannot store columns in another order (act-order); use gptq or compressed-tensors"
         return half_refusal(packed.scales)
 
-    def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
+    def write(self, name: str, packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The tensors of one module; the inverse of ``read``."""
         zeros = packed.zeros
         if zeros is None:
@@ -193,17 +193,23 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], l
     scheme = scheme_of(name, settings, origin, symmetric, (4,))
     zeros = "scaled_zeros" if "scaled_zeros" in stored else "qzeros"
     wanted = _wanted(layout, shape, scheme.weight, zeros)
+    about = "" if fits(stored, wanted) else _about(name, stored, scheme, shape, layout, zeros)
+    check_module(name, stored, wanted, about)
+    if layout == "fast" and (shape[0] % 4 or shape[1] % 64):
+        raise UnsupportedError(f"{name}: {_called(layout)} packs 4 rows by 64 columns, which {list(shape)} is not")
+    tensors = tuple(f"{name}.{suffix}" for suffix in wanted)
+    return StoredSite(name, scheme, shape, tensors, {"layout": layout, "zeros": zeros})
+
+
+def _about(name: str, stored: Stored, scheme: Scheme, shape: Shape, layout: str, zeros: str) -> str:
+    """What the config says, and what the tensors look like instead."""
     about = f"config.json makes {name} {scheme} in the layout {_called(layout)}, of shape {list(shape)}"
     for other in ("gemm", "gemv", "fast"):
         if other != layout and fits(stored, _wanted(other, shape, scheme.weight, zeros)):
             about += f"; but its tensors are those of the layout {_called(other)}"
     if fits(stored, {"qweight": (("I32",), (shape[1] // 8, shape[0]))}):
         about += "; qweight has the shape of GPTQ"
-    check_module(name, stored, wanted, about)
-    if layout == "fast" and (shape[0] % 4 or shape[1] % 64):
-        raise UnsupportedError(f"{name}: {_called(layout)} packs 4 rows by 64 columns, which {list(shape)} is not")
-    tensors = tuple(f"{name}.{suffix}" for suffix in wanted)
-    return StoredSite(name, scheme, shape, tensors, {"layout": layout, "zeros": zeros})
+    return about
 
 
 def _names(section: Mapping[str, Any]) -> Iterable[str]:

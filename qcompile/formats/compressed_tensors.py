@@ -69,7 +69,7 @@ class CompressedTensors(Format):
         """Why a scheme cannot be written; every one can."""
         return ""
 
-    def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
+    def write(self, name: str, packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The tensors of one module; the inverse of ``read``."""
         return {f"{name}.{suffix}": tensor for suffix, tensor in _layouts.write(packed).items()}
 

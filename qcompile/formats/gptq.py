@@ -116,7 +116,7 @@ class Gptq(Format):
             return "some zero points are 0, which readers of GPTQ version 1 understand differently; save as gptq_v2"
         return half_refusal(packed.scales)
 
-    def write(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
+    def write(self, name: str, packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The tensors of one module; the inverse of ``read``."""
         weight, inn = packed.scheme.weight, packed.shape[1]
         codes = packed.codes if packed.permutation is None else numerics.pack_codes(input_order(packed), weight.bits)
