@@ -426,6 +426,15 @@ def test_the_ops_keep_the_rules_of_torch(name):
 
 
 @built
+@pytest.mark.parametrize("name", ["w4a16_g32", "w8a8"])
+def test_large_weights_are_aligned_to_huge_pages(name):
+    packed, _ = weight_of(Scheme.parse(name), 2048, 2048, dtype=torch.bfloat16)
+    codes = KERNEL.prepare(packed)[0]
+    assert codes.data_ptr() % 2**21 == 0
+    assert torch.equal(codes, codes.clone())
+
+
+@built
 def test_a_compiled_call_is_the_op_itself():
     packed, _ = weight_of(Scheme.parse("w4a16_g32"), 70, 64, dtype=torch.bfloat16)
     tensors = KERNEL.prepare(packed)

@@ -92,19 +92,19 @@ class Native(Kernel):
         codes, scales, zeros = (_padded(t, rows) for t in (packed.codes, packed.scales, packed.zeros))
         assert codes is not None
         assert scales is not None
-        pieces, sums = [], []
+        panels, sums = _empty_panels(codes.shape[0], groups * size, weight.bits), []
         step = _round_up(max(1, numerics.CHUNK // (groups * size)), PANEL)  # bounds the temporaries
         for start in range(0, codes.shape[0], step):
             chunk = numerics.unpack_codes(codes[start : start + step], weight.bits, inn)
             chunk = F.pad(chunk, (0, groups * size - inn))
-            pieces.append(_panel_codes(chunk, weight.bits))
+            panels[start // PANEL : (start + step) // PANEL] = _panel_codes(chunk, weight.bits)
             if packed.scheme.activation is not None:
                 zero = 2 ** (weight.bits - 1) if zeros is None else zeros[start : start + step].int()
                 sums.append(chunk.view(-1, groups, size).sum(-1, dtype=torch.int32) - size * zero)
         if zeros is not None:
             zeros = (zeros if weight.bits <= 4 else zeros ^ 0x80).view(torch.int8)
         tensors = [
-            torch.cat(pieces),
+            panels,
             _panel_values(scales),
             None if zeros is None else _panel_values(zeros),
             _panel_values(torch.cat(sums)) if sums else None,
@@ -211,7 +211,15 @@ def _padded(values: Tensor | None, rows: int) -> Tensor | None:
     """[(experts,) out, n] -> [experts * rows, n], where zeros fill up each expert."""
     if values is None:
         return None
-    return F.pad(values, (0, 0, 0, rows - values.shape[-2])).flatten(0, -2)
+    missing = rows - values.shape[-2]
+    return (F.pad(values, (0, 0, 0, missing)) if missing else values).flatten(0, -2)
+
+
+def _empty_panels(rows: int, columns: int, bits: int) -> Tensor:
+    """Room for the codes of [rows, columns], in huge pages: decoding is a third faster than from small ones."""
+    assert not native.unavailable()
+    sizes = [rows // PANEL, columns // STEP, *([2] if bits > 4 else []), PANEL, 4]
+    return torch.ops.qcompile_cpu.empty(sizes, torch.int8 if bits > 4 else torch.uint8)
 
 
 def _panel_codes(codes: Tensor, bits: int) -> Tensor:

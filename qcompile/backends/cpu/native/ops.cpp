@@ -1,9 +1,11 @@
 // The ops of qcompile's CPU kernels; product.h has the layout of their weights.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <vector>
 
 #include "activations.h"
@@ -229,23 +231,39 @@ void multiply_panel(const Weight& weight, const Activations<Mode>& x, const Item
   finish(scratch.sums.data(), item, x.planes, panel, out);
 }
 
-// Threads take one panel of one item after the other. Each output has one thread, which sums in a fixed order.
+// Threads take some panels after others, which lie together in memory. Each output has one thread, which sums in a
+// fixed order.
 template <class Mode>
 void multiply_all(const Weight& weight, const Activations<Mode>& x, const std::vector<Item>& items, const Output& out) {
-  const int64_t tasks = static_cast<int64_t>(items.size()) * weight.panels;
+  const int64_t tasks = static_cast<int64_t>(items.size()) * weight.panels, threads = at::get_num_threads();
+  const int64_t share = std::max<int64_t>(1, tasks / (16 * threads));
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     Scratch scratch;
-    for (int64_t task; (task = next++) < tasks;) {
-      const Item& item = items[task / weight.panels];
-      const int64_t panel = task % weight.panels;
-      if (weight.four_bits) multiply_panel<Mode, Codes4>(weight, x, item, panel, out, scratch);
-      else multiply_panel<Mode, Codes8>(weight, x, item, panel, out, scratch);
+    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) {
+      for (int64_t task = begin; task < std::min(begin + share, tasks); ++task) {
+        const Item& item = items[task / weight.panels];
+        const int64_t panel = task % weight.panels;
+        if (weight.four_bits) multiply_panel<Mode, Codes4>(weight, x, item, panel, out, scratch);
+        else multiply_panel<Mode, Codes8>(weight, x, item, panel, out, scratch);
+      }
     }
   });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- ops
+
+// Memory for a weight that is read from begin to end at each call: in huge pages, if the system has them.
+Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  constexpr size_t kHugePage = 2 << 20;
+  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  void* memory = nullptr;
+  if (bytes < kHugePage || posix_memalign(&memory, kHugePage, bytes) != 0) return at::empty(sizes, at::TensorOptions(dtype));
+#if defined(MADV_HUGEPAGE)
+  madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return at::from_blob(memory, sizes, [](void* p) { std::free(p); }, at::TensorOptions(dtype));
+}
 
 Tensor matrix(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
@@ -296,6 +314,7 @@ Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const optional<Ten
 }  // namespace qcompile
 
 TORCH_LIBRARY(qcompile_cpu, m) {
+  m.def("empty(int[] sizes, ScalarType dtype) -> Tensor", qcompile::empty);
   m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? ends, int zero, "
         "int out_features, ScalarType dtype) -> Tensor");
   m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor? x_zeros, Tensor codes, Tensor scales, Tensor? zeros, "
