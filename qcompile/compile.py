@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,10 +22,11 @@ from . import ops, plugins  # noqa: F401  (the ops must be registered before a g
 from .adopt import adopt_compiled_modules
 from .config import QuantConfig, as_config
 from .errors import ConfigError, PassError, did_you_mean
+from .passes.pipeline import compile_passes
 from .records import remember_graph
 from .regions import compile_pieces, cut
 from .types import GraphRecord, PassRecord
-from .verify import no_semantic_ops_left, run_pass
+from .verify import no_semantic_ops_left, probe_inputs, run_pass
 
 
 class Options(BaseModel):
@@ -34,6 +35,8 @@ class Options(BaseModel):
     config       quantize a float model at its first call (a preset, a dict, a QuantConfig or a path)
     regions      compile equal decoder blocks once (default) instead of the whole graph at once
     allow_float  compile a graph in which nothing is quantized instead of raising
+    passes       passes to add, by object, class or installed name, and "-name" for each of ours to leave out
+    verify       what every pass is held to: "shapes" (default), or "numbers" to run the graph before and after as well
     npu_graph    what runs the graph on an NPU: "npugraph_ex", "aclgraph", "torchair" or "eager" (default: the first of
                  them that can be used)
     """
@@ -43,6 +46,8 @@ class Options(BaseModel):
     config: QuantConfig | None = None
     regions: bool = True
     allow_float: bool = False
+    passes: tuple[Any, ...] = ()
+    verify: Literal["shapes", "numbers"] = "shapes"
     npu_graph: str | None = None
 
 
@@ -64,7 +69,8 @@ def backend(
     elif not own.allow_float:
         _refuse_float(module)
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
-    compiler = _Inner(own, tensors)
+    inputs = [*module.parameters(), *module.buffers(), *example_inputs]  # how AOTAutograd orders them
+    compiler = _Inner(own, tensors, inputs if own.verify == "numbers" else None)
     if own.npu_graph is not None and compiler.finish is None:
         raise ConfigError(f"option 'npu_graph' is about NPUs, but this model is on {_device(tensors)}")
     with torch._functorch.config.patch(enable_autograd_cache=False):
@@ -108,6 +114,12 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
     for name in ("regions", "allow_float"):
         if name in mine and not isinstance(mine[name], bool):
             raise ConfigError(f"option {name!r} must be True or False, not {mine[name]!r}")
+    if mine.get("verify", "shapes") not in ("shapes", "numbers"):
+        raise ConfigError(f"option 'verify' must be 'shapes' or 'numbers', not {mine['verify']!r}")
+    if "passes" in mine:
+        if not isinstance(mine["passes"], list | tuple):
+            raise ConfigError(f"option 'passes' must be a list, not {mine['passes']!r}")
+        compile_passes(None, mine["passes"])
     known = inductor_config.get_config_copy()
     for name, value in given.items():
         if name not in known:
@@ -142,8 +154,8 @@ def _device(tensors: Sequence[Tensor]) -> str:
 class _Inner:
     """``inner_compile`` of compile_fx: passes, cut, Inductor; or passes and what the device itself runs graphs with."""
 
-    def __init__(self, options: Options, tensors: Sequence[Tensor]) -> None:
-        self.options, self.tensors = options, tensors
+    def __init__(self, options: Options, tensors: Sequence[Tensor], inputs: Sequence[Any] | None = None) -> None:
+        self.options, self.tensors, self.inputs = options, tensors, inputs
         device = _device(tensors)
         backend = plugins.find("backends", device) if device in plugins.names("backends") else None
         self.finish = getattr(backend, "finish", None)
@@ -163,10 +175,9 @@ class _Inner:
     def _run_passes(self, module: GraphModule) -> list[PassRecord]:
         from torch._inductor.decomposition import select_decomp_table
 
-        from .passes.pipeline import compile_passes
-
         table = select_decomp_table() if self.finish is None else None
-        records = [run_pass(pass_, module) for pass_ in compile_passes(table)]
+        probe = None if self.inputs is None else probe_inputs(module, self.inputs)
+        records = [run_pass(pass_, module, probe) for pass_ in compile_passes(table, self.options.passes)]
         no_semantic_ops_left(module, [near for record in records for near in record.rejected])
         return records
 
