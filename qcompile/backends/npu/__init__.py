@@ -16,9 +16,11 @@ from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel, Operation
 from . import graphs
 from .chips import target
-from .integers import Int4Matmul, Int8Int4, Int8Matmul, Int8Static
+from .experts import FloatExperts, QuantExperts
+from .int4 import Int4Matmul, Int8Int4
+from .int8 import Int8Matmul, Int8Static
 from .norms import NORMS
-from .operations import OPERATIONS
+from .quantization import Quantize, QuantizeWords
 from .reference import Dequantize
 from .weight_only import Int4WeightOnly, Int8WeightOnly
 
@@ -33,7 +35,10 @@ class NPU:
         Int4WeightOnly(), Int8WeightOnly(), Int8Static(nz=True), Int8Static(), Int4Matmul(nz=True), Int4Matmul(),
         Int8Int4(nz=True), Int8Int4(), Int8Matmul(nz=True), Int8Matmul(), Dequantize(),
     )  # fmt: skip
-    operations: Mapping[str, Operation] = {**OPERATIONS, **NORMS}
+    operations: Mapping[str, Operation] = {
+        "quantize": Quantize(), "quantize_words": QuantizeWords(), "quant_experts": QuantExperts(),
+        "experts": FloatExperts(), **NORMS,
+    }  # fmt: skip
 
     def missing(self) -> str:
         """Which package is not installed, or that it sees no chip; "" when one can be used."""

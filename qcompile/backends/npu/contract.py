@@ -116,6 +116,12 @@ def int8_int4_inputs(site: Site, scheme: Scheme) -> str:
     return ""
 
 
+def integer_weight(site: Site, scheme: Scheme) -> str:
+    """Weights are integers, whose zero points and scales any chip can apply."""
+    number = scheme.weight.number
+    return "" if number == "int" else f"computes integer weights; {number} ones need the operations of Ascend950"
+
+
 def symmetric_weight(site: Site, scheme: Scheme) -> str:
     """Integer products have no zero points of the weight."""
     return "" if scheme.weight.symmetric else "it has no zero points of the weight"
@@ -126,6 +132,25 @@ def no_token_zeros(site: Site, scheme: Scheme) -> str:
     activation = scheme.activation
     asymmetric = activation is not None and activation.dynamic and not activation.symmetric
     return "it has no zero point per token" if asymmetric else ""
+
+
+MOST_FUSED_OUTPUTS = 10240  # N of npu_grouped_matmul_swiglu_quant_v2
+FUSED_INPUTS = {8: 65535, 4: 19999}  # its longest K, by bits of the weight
+FEWEST_SUMMED_OUTPUTS, MOST_SUMMED_EXPERTS, MOST_SUMMED_ROWS = (
+    256,
+    256,
+    131072,
+)  # of npu_grouped_matmul_finalize_routing
+
+
+def swiglu_fits(inputs: int, outputs: int, bits: int) -> bool:
+    """Whether npu_grouped_matmul_swiglu_quant_v2 takes a weight of these sizes."""
+    return outputs <= MOST_FUSED_OUTPUTS and inputs <= FUSED_INPUTS[bits]
+
+
+def sum_fits(experts: int, outputs: int, rows: int) -> bool:
+    """Whether npu_grouped_matmul_finalize_routing takes a weight and a number of rows of these sizes."""
+    return experts <= MOST_SUMMED_EXPERTS and outputs >= FEWEST_SUMMED_OUTPUTS and 0 < rows <= MOST_SUMMED_ROWS
 
 
 def nz_is_wanted(site: Site, scheme: Scheme) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels import Kernel
 from ...types import Scheme, Site
 from .contract import Rule, violations
-from .grouping import Ends, Groups, owners
+from .grouping import Counts, Ends, Groups, Pairs, owners
 from .layouts import TORCH_NUMBERS
 
 npu = torch.ops.npu  # looked up when it is called: torch_npu need not be there to plan
@@ -61,6 +61,28 @@ class NPUKernel(Kernel):
     ) -> Tensor:
         """``grouped_linear`` for either kind of group list."""
         raise NotImplementedError(f"{self.name} is for {' and '.join(self.kinds)} sites only")
+
+    def swiglu_quantized(
+        self, x: Sequence[Tensor], groups: Counts, weight: Sequence[Tensor], scheme: Scheme
+    ) -> list[Tensor] | None:
+        """``grouped``, then ``silu(gate) * up``, as int8 [codes, scale]; None where no operation joins them."""
+        return None
+
+    def summed(
+        self,
+        x: Sequence[Tensor],
+        groups: Counts,
+        weight: Sequence[Tensor],
+        scheme: Scheme,
+        pairs: Pairs,
+        routing: Tensor,
+    ) -> Tensor:
+        """``grouped``, then each token's weighted sum: float32 [tokens, out]. Only where ``sums`` says so."""
+        raise NotImplementedError(f"{self.name} has no operation that also sums")
+
+    def sums(self, weight: Sequence[Tensor], scheme: Scheme, rows: int | torch.SymInt) -> bool:
+        """Whether an operation joins the product of so many rows with the weighted sum of each token's."""
+        return False
 
 
 def number_of(dtype: torch.dtype) -> int:

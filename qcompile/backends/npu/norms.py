@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ops import activation_of
 from .kernels import npu
-from .operations import HALF, is_plain_dynamic
+from .quantization import HALF, is_plain_dynamic
 
 
 def misfit(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, offset: float) -> str:

@@ -8,24 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels import Kernel
-from ...types import Scheme, Site
-from .grouping import Ends, Groups, grouped_matmul
+from ...types import Scheme
+from . import contract
+from .grouping import Groups, grouped_matmul
+from .kernels import NPUKernel
 
 
-class Dequantize(Kernel):
+class Dequantize(NPUKernel):
     """The kernel named "reference": canonical tensors. It has no float64, which no Ascend chip multiplies.
 
     Products of quantized activations are computed in float32. Experts are all dequantized for npu_grouped_matmul,
     whether they have rows or not.
     """
 
-    portable = False
-
-    def refuses(self, site: Site, scheme: Scheme) -> str:
-        if scheme.weight.number == "int":
-            return ""
-        return f"computes integer weights; {scheme.weight.number} ones need the operations of Ascend950"
+    name = "reference"
+    rules = (contract.integer_weight,)
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, scheme: Scheme, out: int) -> Tensor:
         return F.linear(x, self._dequantize(weight, scheme, x.shape[-1]).to(x.dtype), bias)
@@ -42,21 +39,9 @@ class Dequantize(Kernel):
         restored = self._dequantize(weight, scheme, x[0].shape[-1], torch.float32)
         return F.linear(_activations(x), restored, None if bias is None else bias.float()).to(dtype)
 
-    def grouped_linear(
-        self,
-        x: Sequence[Tensor],
-        ends: Tensor,
-        weight: Sequence[Tensor],
-        scheme: Scheme,
-        out: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return self.grouped(x, Ends(ends.to(torch.int64)), weight, scheme, dtype)
-
     def grouped(
         self, x: Sequence[Tensor], groups: Groups, weight: Sequence[Tensor], scheme: Scheme, dtype: torch.dtype
     ) -> Tensor:
-        """``grouped_linear`` for either kind of group list."""
         rows = x[0] if scheme.activation is None else _activations(x).to(dtype)
         restored = self._dequantize(weight, scheme, rows.shape[-1], torch.float32).to(dtype)
         return grouped_matmul(rows, restored.transpose(-1, -2), groups, dtype)

@@ -1,4 +1,4 @@
-"""Ascend's own operations for what stands between matrix products: quantization, routing, gated activations."""
+"""The experts of one layer on Ascend: routing, grouped products, gated activations and the weighted sum."""
 
 from __future__ import annotations
 
@@ -10,73 +10,19 @@ from torch import Tensor
 
 from ... import gates, numerics
 from ...moe import gate_first
-from ...ops import FLOAT, activation_of, find_kernel, scheme_of
+from ...ops import FLOAT, find_kernel, scheme_of
 from ...types import ActivationType
-from .grouping import Groups, grouped_matmul, owners, send
-from .kernels import npu, number_of
-
-HALF = (torch.float16, torch.bfloat16)
-
-
-def quantize_rows(x: Tensor, activation: ActivationType) -> list[Tensor]:
-    """npu_dynamic_quant of x [rows, n]: [codes, scale [rows, 1]]; codes of 4 bits are int4 words."""
-    number = number_of(torch.quint4x2) if activation.bits == 4 else None
-    codes, scale = npu.npu_dynamic_quant.default(x, dst_type=number)
-    return [codes, scale[:, None]]
-
-
-def is_plain_dynamic(activation: ActivationType) -> bool:
-    """Whether npu_dynamic_quant computes it."""
-    return activation.number == "int" and activation.dynamic and activation.symmetric and not activation.clip
-
-
-class Quantize:
-    """``qcompile::quantize``: npu_dynamic_quant, or npu_quantize with a stored scale.
-
-    The latter divides by a float32 scale. Multiplying by the reciprocal, as others do, wants it in the dtype of the
-    activations, which moves codes by up to half a step.
-    """
-
-    def refuses(self, x: Tensor, params: Sequence[Tensor], activation: str) -> str:
-        """Why plain operations compute it instead; "" when they need not."""
-        kind = activation_of(activation)
-        if kind.number != "int":
-            return f"it quantizes to integers, not to {kind.number}"
-        if x.dtype not in HALF:
-            return f"it quantizes float16 and bfloat16, not {x.dtype}"
-        if kind.clip:
-            return "none of them clamps to a share of the largest number"
-        if kind.dynamic and not kind.symmetric:
-            return "its zero points are not integers"
-        if kind.bits == 4 and x.shape[-1] % 8:
-            return f"eight int4 numbers are a word, and {x.shape[-1]} is no multiple of 8"
-        return ""
-
-    def compute(self, x: Tensor, params: Sequence[Tensor], activation: str) -> list[Tensor]:
-        """As ``numerics.quantize_activation``, except that ties of x / scale may be rounded the other way."""
-        kind = activation_of(activation)
-        rows = x.reshape(-1, x.shape[-1])
-        if not kind.dynamic:
-            scale, *zero = params
-            codes = npu.npu_quantize.default(rows, scale, zero[0] if zero else None, number_of(torch.qint8), 1, True)
-            return [codes.view(x.shape)]
-        codes, scale = quantize_rows(rows, kind)
-        if codes.dtype == torch.int32:
-            codes = numerics.unpack_int4(codes)
-        return [codes.view(x.shape), scale.view(*x.shape[:-1], 1)]
-
-
-class QuantizeWords(Quantize):
-    """``qcompile::quantize_words``: what npu_dynamic_quant makes of 4 bits by itself."""
-
-    def compute(self, x: Tensor, params: Sequence[Tensor], activation: str) -> list[Tensor]:
-        """As ``fused_ops.quantize_words``."""
-        words, scale = quantize_rows(x.reshape(-1, x.shape[-1]), activation_of(activation))
-        return [words.view(*x.shape[:-1], -1), scale.view(*x.shape[:-1], 1)]
+from .grouping import Counts, Groups, Pairs, RowMajor, grouped_matmul, owners, send
+from .kernels import NPUKernel, npu
+from .quantization import is_plain_dynamic, quantize_rows
 
 
 class QuantExperts:
-    """``qcompile::quant_experts``: routed by npu_moe_init_routing_v2, summed by npu_moe_token_unpermute."""
+    """``qcompile::quant_experts``: routed by npu_moe_init_routing_v2, summed by npu_moe_token_unpermute.
+
+    Where their contracts allow, npu_grouped_matmul_swiglu_quant_v2 makes the first product and what follows it, and
+    npu_grouped_matmul_finalize_routing the second one and the sum; the latter only for a known number of tokens.
+    """
 
     def refuses(self, x: Sequence[Tensor], ids: Tensor, *rest: Any) -> str:
         """Why the plain composition is taken instead; "" when it need not."""
@@ -100,14 +46,26 @@ class QuantExperts:
         dtype: torch.dtype,
     ) -> Tensor:
         """As ``moe.run_experts``."""
-        names = zip(kernels.split("|"), schemes.split("|"), strict=True)
-        first, second = (_Product(*name, weight, dtype) for name, weight in zip(names, (up, down), strict=True))
-        rows, groups, places = send(x, ids, sizes[0])
-        if len(rows) == 1:
-            rows = _quantized(rows[0], groups, up_params, first.activation)
-        hidden = _biased(first(rows, groups), groups, up_bias)
-        rows = _activated(hidden, groups, activation, down_params, second.activation)
-        return places.combine(_biased(second(rows, groups), groups, down_bias), routing).to(dtype)
+        (up_kernel, down_kernel), (up_scheme, down_scheme) = kernels.split("|"), schemes.split("|")
+        first, second = _Product(up_kernel, up_scheme, up, dtype), _Product(down_kernel, down_scheme, down, dtype)
+
+        def between(rows: Sequence[Tensor], groups: Counts) -> list[Tensor]:
+            """Everything from the sorted rows to what the second product reads."""
+            if len(rows) == 1:
+                rows = _quantized(rows[0], groups, up_params, first.activation)
+            if activation == "silu" and up_bias is None and _is_int8(second.activation):
+                joined = first.swiglu_quantized(rows, groups)
+                if joined is not None:
+                    return joined
+            hidden = _biased(first(rows, groups), groups, up_bias)
+            return _activated(hidden, groups, activation, down_params, second.activation)
+
+        if down_bias is None and _is_int8(second.activation) and second.sums(ids.shape[0] * ids.shape[1]):
+            rows, groups, pairs = send(x, ids, sizes[0], Pairs)
+            return second.summed(between(rows, groups), groups, pairs, routing).to(dtype)
+        rows, groups, places = send(x, ids, sizes[0], RowMajor)
+        result = _biased(second(between(rows, groups), groups), groups, down_bias)
+        return places.combine(result, routing).to(dtype)
 
 
 class _Product:
@@ -116,12 +74,29 @@ class _Product:
     def __init__(self, kernel: str, scheme: str, weight: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.scheme = None if scheme == FLOAT else scheme_of(scheme)
         self.activation = self.scheme.activation if self.scheme else None
-        self.kernel, self.weight, self.dtype = kernel, weight, dtype
+        self.kernel: NPUKernel | None = None if scheme == FLOAT else find_kernel(kernel)
+        self.weight, self.dtype = weight, dtype
 
     def __call__(self, rows: Sequence[Tensor], groups: Groups) -> Tensor:
-        if self.scheme is None:
+        if self.kernel is None or self.scheme is None:
             return grouped_matmul(rows[0], self.weight[0].transpose(1, 2), groups, self.dtype)
-        return find_kernel(self.kernel).grouped(rows, groups, self.weight, self.scheme, self.dtype)
+        return self.kernel.grouped(rows, groups, self.weight, self.scheme, self.dtype)
+
+    def swiglu_quantized(self, rows: Sequence[Tensor], groups: Counts) -> list[Tensor] | None:
+        """The product and the activation after it in one operation, None where there is none."""
+        if self.kernel is None or self.scheme is None:
+            return None
+        return self.kernel.swiglu_quantized(rows, groups, self.weight, self.scheme)
+
+    def sums(self, rows: int | torch.SymInt) -> bool:
+        """Whether one operation makes the product and the weighted sum after it."""
+        return self.kernel is not None and self.scheme is not None and self.kernel.sums(self.weight, self.scheme, rows)
+
+    def summed(self, rows: Sequence[Tensor], groups: Counts, pairs: Pairs, routing: Tensor) -> Tensor:
+        """The product and the weighted sum after it in one operation."""
+        assert self.kernel is not None
+        assert self.scheme is not None
+        return self.kernel.summed(rows, groups, self.weight, self.scheme, pairs, routing)
 
 
 class FloatExperts:
@@ -147,7 +122,7 @@ class FloatExperts:
         """As ``moe.run_float_experts``."""
         if not transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
-        (rows,), groups, places = send([x], ids, up.shape[0])
+        (rows,), groups, places = send([x], ids, up.shape[0], RowMajor)
         hidden = _biased(grouped_matmul(rows, up, groups, x.dtype), groups, up_bias)
         hidden = gate_first(hidden) if interleaved else hidden
         result = grouped_matmul(_gated(hidden, activation), down, groups, x.dtype)
@@ -175,10 +150,15 @@ def _activated(
 ) -> list[Tensor]:
     """The gated activation of rows [n, 2 * intermediate], as the second product reads it."""
     settings = _swiglu_settings(activation)
-    if settings is not None and kind is not None and kind.bits == 8 and is_plain_dynamic(kind):
+    if settings is not None and _is_int8(kind):
         codes, scale = npu.npu_dequant_swiglu_quant.default(hidden, activate_left=True, quant_mode=1, **settings)
         return [codes, scale[:, None]]
     return _quantized(_gated(hidden, activation), groups, params, kind)
+
+
+def _is_int8(kind: ActivationType | None) -> bool:
+    """Whether the fused operations quantize so."""
+    return kind is not None and kind.bits == 8 and is_plain_dynamic(kind)
 
 
 def _gated(hidden: Tensor, activation: str) -> Tensor:
@@ -194,11 +174,3 @@ def _swiglu_settings(activation: str) -> dict[str, Any] | None:
     if gate.function != "silu" or not gate.is_gated or gate.limit is None:
         return None
     return {"swiglu_mode": 2, "clamp_limit": gate.limit, "glu_alpha": gate.alpha, "glu_bias": gate.shift}
-
-
-OPERATIONS: dict[str, Any] = {
-    "quantize": Quantize(),
-    "quantize_words": QuantizeWords(),
-    "quant_experts": QuantExperts(),
-    "experts": FloatExperts(),
-}
