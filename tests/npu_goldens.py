@@ -315,7 +315,7 @@ def _integers(rows, weights, values, bias, scale, per_token, counts, dtype) -> T
     return (_by_expert(rows, counts, columns, torch.float32, compute) * per_token[:, None]).to(dtype)
 
 
-def _int8_int4(rows, values, bias, scale, per_token, group_list, dtype) -> Tensor:
+def _int8_int4(rows, values, bias, scale, per_token, group_list, dtype, result_dtype=None) -> Tensor:
     """int8 as 16 hi + lo + 8; takes any list for counts, and leaves its activations destroyed."""
     experts, inn, columns = values.shape
     need(dtype in HALF and inn <= 18432 and columns % 8 == 0, f"K {inn}, N {columns}, output {dtype}")
@@ -346,9 +346,69 @@ def _int8_int4(rows, values, bias, scale, per_token, group_list, dtype) -> Tenso
         usable.append(min(max(count, 0), left))
         left -= usable[-1]
     counts = usable
-    result = (_by_expert(rows, counts, columns, torch.float32, compute) * per_token[:, None]).to(dtype)
+    result = (_by_expert(rows, counts, columns, torch.float32, compute) * per_token[:, None]).to(result_dtype or dtype)
     rows.random_(-128, 128)
     return result
+
+
+def npu_grouped_matmul_swiglu_quant_v2(
+    x, weight, weight_scale, x_scale, group_list, *, smooth_scale=None, weight_assist_matrix=None, bias=None,
+    dequant_mode=0, dequant_dtype=6, quant_mode=0, quant_dtype=1, group_list_type=0, tuning_config=None, x_dtype=None,
+    weight_dtype=None, weight_scale_dtype=None, x_scale_dtype=None,
+):  # fmt: skip
+    others = (smooth_scale, bias, tuning_config, x_dtype, weight_dtype, weight_scale_dtype, x_scale_dtype)
+    need(all(other is None for other in others), "not used here")
+    need((dequant_dtype, quant_mode, quant_dtype) == (6, 0, 1), "not used here")
+    (weights,), (scale,) = weight, weight_scale
+    need(x.dtype == torch.int8 and weights.dim() == 3, f"x is {x.dtype}, weight {list(weights.shape)}")
+    values = unpack_int4(weights) if weights.dtype == torch.int32 else weights
+    experts, inn, columns = values.shape
+    need(
+        columns <= 10240 and columns % 2 == 0 and x.shape[1] == inn and experts <= 1024, f"weight {list(values.shape)}"
+    )
+    need(tuple(x_scale.shape) == (x.shape[0],) and x_scale.dtype == torch.float32, "x_scale")
+    need(group_list.dtype == torch.int64, f"group_list is {group_list.dtype}")
+    counts = _counts(group_list, group_list_type, x.shape[0])
+    if weights.dtype == torch.int32:
+        need(inn < 20000 and weight_assist_matrix is not None and scale.dtype == torch.int64, "int4 weights")
+        need(scale.dim() == 2 + dequant_mode, f"scale {list(scale.shape)} with dequant_mode {dequant_mode}")
+        (assist,) = weight_assist_matrix
+        dense = _int8_int4(
+            x.clone(), values, assist, scale, x_scale, torch.tensor(counts), torch.float16, result_dtype=torch.float32
+        )
+    else:
+        need(inn < 65536 and weight_assist_matrix is None and dequant_mode == 0, "int8 weights")
+        need(scale.dtype in (torch.float32, *HALF) and scale.shape == (experts, columns), f"scale {scale.dtype}")
+        sums = _by_expert(
+            x, counts, columns, torch.float32, lambda part, e: product(part, values[e]).float() * scale[e]
+        )
+        dense = sums * x_scale[:, None]
+    gate, up = dense.chunk(2, -1)
+    result = torch.nn.functional.silu(gate) * up
+    largest = result.abs().amax(-1) / 127
+    safe = torch.where(largest == 0, torch.ones_like(largest), largest)
+    return torch.round(result / safe[:, None]).to(torch.int8), largest
+
+
+def npu_grouped_matmul_finalize_routing(
+    x, w, group_list, *, scale=None, bias=None, offset=None, pertoken_scale=None, shared_input=None, logit=None,
+    row_index=None, dtype=None, shared_input_weight=1.0, shared_input_offset=0, output_bs=0, group_list_type=1,
+    tuning_config=None, x_dtype=None, w_dtype=None, scale_dtype=None, pertoken_scale_dtype=None,
+):  # fmt: skip
+    others = (bias, offset, shared_input, tuning_config, x_dtype, w_dtype, scale_dtype, pertoken_scale_dtype)
+    need(all(other is None for other in others) and dtype in (None, torch.float32), "not used here")
+    need(x.dtype == w.dtype == torch.int8 and w.dim() == 3, f"x is {x.dtype}, w {w.dtype}")
+    experts, inn, columns = w.shape
+    need(0 < x.shape[0] <= 131072 and experts <= 256, f"{x.shape[0]} rows, {experts} experts")
+    need(inn % 16 == 0 and columns % 32 == 0 and columns >= 256, f"w {list(w.shape)}")
+    need(scale.dtype == torch.float32 and scale.shape == (experts, columns), f"scale is {scale.dtype}")
+    for name, given, kind in (("logit", logit, torch.float32), ("pertoken_scale", pertoken_scale, torch.float32)):
+        need(given.dtype == kind and tuple(given.shape) == (x.shape[0],), f"{name} is {given.dtype}")
+    need(row_index.dtype == torch.int64 and tuple(row_index.shape) == (x.shape[0],), f"row_index {row_index.dtype}")
+    counts = _counts(group_list, group_list_type, x.shape[0])
+    rows = _by_expert(x, counts, columns, torch.float32, lambda part, e: product(part, w[e]).float() * scale[e])
+    weighted = rows * pertoken_scale[:, None] * logit[:, None]
+    return torch.zeros(output_bs, columns).index_add_(0, row_index, weighted)
 
 
 def npu_moe_init_routing_v2(
@@ -454,6 +514,7 @@ GOLDENS = {
     for function in (
         npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_add_rms_norm_quant, npu_dynamic_quant,
         npu_quantize, npu_dequant_swiglu_quant, npu_swiglu, npu_weight_quant_batchmatmul, npu_quant_matmul,
-        npu_trans_quant_param, npu_grouped_matmul, npu_moe_init_routing_v2, npu_moe_token_unpermute,
+        npu_trans_quant_param, npu_grouped_matmul, npu_grouped_matmul_swiglu_quant_v2,
+        npu_grouped_matmul_finalize_routing, npu_moe_init_routing_v2, npu_moe_token_unpermute,
     )
 }  # fmt: skip

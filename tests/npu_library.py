@@ -63,7 +63,16 @@ def _norm_dynamic_quant(x1, x2, gamma, **_):
     return codes, nothing.to(torch.int8), torch.empty_like(x1), scale, nothing
 
 
+def _swiglu_quant(x, weight, weight_scale, *_, **__):
+    columns = weight_scale[0].shape[-1] // 2
+    return x.new_empty((x.shape[0], columns)), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
 FAKES = {
+    "npu_grouped_matmul_swiglu_quant_v2": _swiglu_quant,
+    "npu_grouped_matmul_finalize_routing": lambda x, w, *_, output_bs=0, **__: x.new_empty(
+        (output_bs or x.shape[0], w.shape[-1]), dtype=torch.float32
+    ),
     "npu_rms_norm": lambda x, *_: (torch.empty_like(x), _root(x)),
     "npu_add_rms_norm": lambda x, *_: (torch.empty_like(x), _root(x), torch.empty_like(x)),
     "npu_add_rms_norm_dynamic_quant": _norm_dynamic_quant,

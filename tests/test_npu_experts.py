@@ -20,10 +20,12 @@ from npu_cases import (
     size,
 )  # fmt: skip
 from npu_library import define
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompile import moe, numerics
+from qcompile.backends import npu
 from qcompile.backends.npu import BACKEND
-from qcompile.backends.npu.grouping import Counts, Ends, send
+from qcompile.backends.npu.grouping import Counts, Ends, RowMajor, send
 from qcompile.kernels import Kernel, choose
 from qcompile.types import Scheme
 
@@ -111,13 +113,70 @@ def test_float_experts_in_every_layout(transposed, interleaved):
     assert ((actual.double() - expected.double()).norm() / expected.double().norm()).item() < 1e-2
 
 
+# ------------------------------------------------------------------------------------------------- fused operations
+
+
+class Operations(TorchDispatchMode):
+    """Names of Ascend's operations under it, in order, without routing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "npu" and "init_routing" not in function.name():
+            self.names.append(function.name().removeprefix("npu::npu_"))
+        return function(*args, **(kwargs or {}))
+
+
+FUSED = ["grouped_matmul_swiglu_quant_v2", "grouped_matmul_finalize_routing"]
+PLAIN = ["grouped_matmul", "dequant_swiglu_quant", "grouped_matmul", "moe_token_unpermute"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "expected"),
+    [
+        ("w8a8", {}, FUSED),
+        ("w8a8", {"biases": True}, PLAIN),
+        ("w8a8", {"activation": "gelu"}, ["grouped_matmul", "dynamic_quant", FUSED[1]]),
+        ("w8a8", {"activation": GATES[3]}, ["grouped_matmul", "dequant_swiglu_quant", FUSED[1]]),
+        ("w8a8", {"experts": 300}, [FUSED[0], "grouped_matmul", "moe_token_unpermute"]),
+        ("w8a8_static", {}, ["grouped_matmul", "swiglu", "grouped_matmul", "moe_token_unpermute"]),
+        ("w4a8", {}, [FUSED[0], "grouped_matmul", "moe_token_unpermute"]),
+        ("w4a8_g256", {}, [FUSED[0], "grouped_matmul", "moe_token_unpermute"]),
+        ("w4a8_clip", {}, ["grouped_matmul", "swiglu", "grouped_matmul", "moe_token_unpermute"]),
+        ("w4a4", {}, ["grouped_matmul", "swiglu", "dynamic_quant", "grouped_matmul", "moe_token_unpermute"]),
+        ("w4a16_g64", {}, ["grouped_matmul", "swiglu", "grouped_matmul", "moe_token_unpermute"]),
+    ],
+)
+def test_operations_are_joined_where_their_contracts_allow(scheme, settings, expected):
+    biases = settings.get("biases", False)
+    layer = Layer(scheme, **{name: value for name, value in settings.items() if name != "biases"})
+    ids, routing = routed(experts=layer.sizes[0])
+    with Operations() as seen:
+        layer.run(torch.randn(ids.shape[0], HIDDEN).bfloat16(), ids, routing, biases=biases)
+    assert seen.names == expected
+    assert_as_defined(layer, ids, routing, biases=biases)
+
+
+def test_weights_in_the_ordinary_layout_are_not_joined():
+    """npu_grouped_matmul_swiglu_quant_v2 and npu_grouped_matmul_finalize_routing want FRACTAL_NZ int8 weights."""
+    with npu.target(nz=False):
+        layer = Layer("w8a8")
+    ids, routing = routed()
+    with Operations() as seen:
+        layer.run(torch.randn(ids.shape[0], HIDDEN).bfloat16(), ids, routing, biases=False)
+    assert seen.names == PLAIN
+    assert_as_defined(layer, ids, routing, biases=False)
+
+
 # ----------------------------------------------------------------------------------------------------- conventions
 
 
 def test_routing_of_a_worked_example():
     ids = torch.tensor([[2, 0], [1, 2], [0, 1], [2, 1]])
     x = torch.arange(4.0)[:, None].expand(4, 16).contiguous().bfloat16()
-    (rows,), groups, places = send([x], ids, 3)
+    (rows,), groups, places = send([x], ids, 3, RowMajor)
     assert places.place.tolist() == [5, 0, 2, 6, 1, 3, 7, 4]
     assert groups == Counts(groups.values)
     assert groups.values.tolist() == [2, 3, 3]
@@ -129,8 +188,8 @@ def test_codes_words_and_scales_are_routed_together():
     ids, _ = routed()
     codes = torch.randint(-8, 8, (ids.shape[0], 16), dtype=torch.int8)
     scale = torch.rand(ids.shape[0], 1)
-    (rows, own), _, places = send([codes, scale], ids, COUNT)
-    (words, same), *_ = send([npu_goldens.pack_int4(codes), scale], ids, COUNT)
+    (rows, own), _, places = send([codes, scale], ids, COUNT, RowMajor)
+    (words, same), *_ = send([npu_goldens.pack_int4(codes), scale], ids, COUNT, RowMajor)
     assert torch.equal(npu_goldens.unpack_int4(words), rows)
     assert torch.equal(own, same)
     token = torch.empty(rows.shape[0], dtype=torch.int64)
@@ -143,7 +202,7 @@ def test_places_are_not_column_major():
     """What npu_moe_finalize_routing reads in its default mode; mixing both silently swaps tokens."""
     ids, routing = routed(tokens=4)
     x = torch.randn(4, 16).bfloat16()
-    (rows,), _, places = send([x], ids, COUNT)
+    (rows,), _, places = send([x], ids, COUNT, RowMajor)
     by_columns = dataclasses.replace(places, place=places.place.view(K, 4).t().reshape(-1))
     assert not torch.equal(by_columns.combine(rows, routing), places.combine(rows, routing))
 
