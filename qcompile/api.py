@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from . import numerics
-from .calibrate import Calibration, plan_needs, refuse_without_data
+from .calibrate import Calibration, RareExperts, plan_needs, refuse_without_data
 from .calibration_data import calibration_inputs, described
 from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
@@ -67,6 +67,8 @@ def quantize(
     tokenizer: Any = None,
     samples: int = 128,
     sequence: int | None = None,
+    rare_experts: str = "error",
+    expert_tokens: int = 16,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place and return it: the same class, with QuantLinear at the names of its Linears.
@@ -80,6 +82,10 @@ def quantize(
     positional inputs. It is joined and cut into at most ``samples`` sequences of ``sequence`` tokens (default 512, or
     as many as the model has positions), in its order.
 
+    rare_experts: what happens to an expert that sees fewer than ``expert_tokens`` tokens of it: "error"; "all_tokens",
+    every expert sees every token (experts / k times the work); or "rtn", it is rounded to nearest, its static scale is
+    that of the others.
+
     In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
     read; with data decoder block by decoder block), then rewrite the exported graph alike and hold both to the plan.
 
@@ -90,6 +96,7 @@ def quantize(
     started = time.perf_counter()
     _check_model(model)
     settings = None if isinstance(config, Plan) else as_config(config)
+    rare = RareExperts(rare_experts, expert_tokens)
     find_backend(config.device if isinstance(config, Plan) else device)
     sites, graph, experts = _find_sites(model, settings, example_inputs)
     if settings is None:
@@ -102,7 +109,7 @@ def quantize(
 
     fuse(model, _affected(experts, decided))
     calibration = Calibration(
-        model, decided, graph, example_inputs, inputs,
+        model, decided, graph, example_inputs, inputs, rare,
         weight_of=lambda planned: _float_module(model, planned).weight.detach(),
         install=lambda planned, packed: _quantize_site(model, planned, packed),
     )  # fmt: skip
@@ -110,7 +117,7 @@ def quantize(
     results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
     _check_coverage(model, decided)
     records = _rewrite(graph, decided, model) if graph is not None else ()
-    notes += _untie(model, decided)
+    notes += (*calibration.notes, *_untie(model, decided))
     report_ = Report(
         type(model).__name__,
         decided,
@@ -289,9 +296,6 @@ def _calibration_inputs(
 def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:
     _return_memory()
     module = _float_module(model, planned)
-    quantized, result = quantize_site(planned, module.weight.detach(), module.bias, packed)
-    replace_module(model, module, quantized.train(module.training))
-    return result
 
 
 def _return_memory() -> None:

@@ -7,7 +7,10 @@ parts exist at a time, and the statistics of one part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +18,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from . import plugins
-from .errors import CalibrationError
+from .errors import CalibrationError, ConfigError
 from .observers import Needs, Statistics, activation_needs, search_clip, static_parameters
 from .progress import progress_bar
 from .segments import Runner, Segment, Segments, WholeModel
 from .trace import as_called
-from .types import PackedWeight, Plan, PlannedSite, Scheme, SiteResult
+from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
+
+Seen = list[Statistics]
+"""Of what a site reads: one for a Linear, one per expert."""
 
 Install = Callable[[PlannedSite, PackedWeight | None], SiteResult]
 """Puts a packed weight in the place of a site's float one; None: quantize it first, nothing was seen of its inputs."""
@@ -52,12 +58,30 @@ def refuse_without_data(plan: Plan, what_to_do: str) -> None:
     )
 
 
+@dataclass(frozen=True)
+class RareExperts:
+    """What happens to an expert that sees fewer than ``tokens`` tokens: "error", "all_tokens" or "rtn".
+
+    all_tokens: every expert sees all tokens of its layer, whatever the router chose (slow: experts / k times the work).
+    rtn: its weight is rounded to nearest, its static scale is that of the range of all others, nothing is clipped.
+    """
+
+    choice: str = "error"
+    tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.choice not in ("error", "all_tokens", "rtn"):
+            raise ConfigError(f"rare_experts is 'error', 'all_tokens' or 'rtn', not {self.choice!r}")
+        if self.tokens < 1:
+            raise ConfigError(f"expert_tokens must be at least 1, not {self.tokens}")
+
+
 class Calibration:
     """One run of calibration data through ``model`` that quantizes the sites of ``plan`` on the way.
 
     graph: the traced model, or None to run the model as it is, as one part; then ``example_inputs`` says whether it is
     run on token ids (None) or on its positional inputs. inputs: one tuple per pass, of ``calibration_inputs``.
-    weight_of gives the float weight of a site, install replaces it.
+    weight_of gives the float weight of a site, install replaces it. Afterwards ``notes`` tell what experts saw.
     """
 
     def __init__(
@@ -67,120 +91,189 @@ class Calibration:
         graph: GraphModule | None,
         example_inputs: tuple[Any, ...] | None,
         inputs: Sequence[tuple[Any, ...]],
+        rare: RareExperts,
         weight_of: Callable[[PlannedSite], Tensor],
         install: Install,
     ) -> None:
-        self.plan, self.inputs, self.weight_of, self.install = plan, inputs, weight_of, install
+        self.plan, self.inputs, self.rare, self.weight_of, self.install = plan, inputs, rare, weight_of, install
         self.needs = plan_needs(plan)
         self.sequential = any(needs.sequential for needs in self.needs.values())
-        names = [p.site.name for p in plan.quantized]
+        names, all_tokens = [p.site.name for p in plan.quantized], rare.choice == "all_tokens"
         if graph is None:
-            self.runner: Runner = WholeModel(as_called(model, example_inputs), model, names)
+            called = as_called(model, example_inputs)
+            self.runner: Runner = WholeModel(called, model, names, all_tokens=all_tokens)
         else:
-            self.runner = Segments(graph, model, names, finely=self.sequential)
+            self.runner = Segments(graph, model, names, finely=self.sequential, all_tokens=all_tokens)
         self._parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
+        self._counts: dict[str, list[int]] = {}
 
     def run(self, progress: bool | None = None) -> dict[str, SiteResult]:
         """Quantize every planned site; results by name. CalibrationError names block and site of unusable inputs."""
-        parts = self._parts() if self.needs else []
+        work = [(part, self._groups(part)) for part in self._parts()]
+        passes = sum(len(groups) + 1 if self.sequential else 1 for _, groups in work)
         results: dict[str, SiteResult] = {}
         states = [self.runner.start(inputs) for inputs in self.inputs]
-        steps = len(self.plan.quantized) + len(parts) * len(states) * (1 + self.sequential)
+        steps = len(self.plan.quantized) + passes * len(states)
         with progress_bar("quantizing", steps, progress) as advance:
 
-            def quantize(planned: PlannedSite, seen: dict[str, Statistics]) -> None:
-                results[planned.site.name] = self._quantize(planned, seen)
-                advance(planned.site.name)
+            def quantize(sites: Iterable[str], seen: Mapping[str, Seen]) -> None:
+                for site in sites:
+                    results[site] = self._quantize(self.plan[site], seen)
+                    advance(site)
 
-            for part in parts:
-                seen = self._collect(part, states, advance)
-                for site in part.sites:
-                    quantize(self.plan[site], seen)
+            for part, groups in work:
                 if self.sequential:
-                    self._propagate(part, states, advance)
-            for planned in self.plan.quantized:
-                if planned.site.name not in results:
-                    quantize(planned, {})
+                    for sites in groups:
+                        quantize(sites, self._collect(part, [sites], states, advance))
+                    for index, values in enumerate(states):
+                        states[index] = self.runner.run(part, values)
+                        advance(part.name)
+                else:
+                    quantize(part.sites, self._collect(part, groups, states, advance))
+            quantize([p.site.name for p in self.plan.quantized if p.site.name not in results], {})
         return results
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many tokens the experts saw, and which ones too few."""
+        if not self._counts:
+            return ()
+        counts = sorted(count for counts in self._counts.values() for count in counts)
+        middle = counts[len(counts) // 2]
+        found = [f"experts saw {counts[0]} to {counts[-1]} tokens each, half of them {middle} or more"]
+        for site, of_site in self._counts.items():
+            if rare := [expert for expert, count in enumerate(of_site) if count < self.rare.tokens]:
+                found.append(f"{site}: {_listed(rare, of_site)}, too few: rounded to nearest")
+        return tuple(found)
 
     def _parts(self) -> list[Segment]:
         """All parts up to the last that has a site which needs data."""
         parts = list(self.runner.parts)
-        while not any(site in self.needs for site in parts[-1].sites):
+        while parts and not any(site in self.needs for site in parts[-1].sites):
             parts.pop()
         return parts
 
-    def _propagate(self, part: Segment, states: list[Any], advance: Callable[[str], None]) -> None:
-        for index, values in enumerate(states):
-            states[index] = self.runner.run(part, values)
-            advance(part.name)
+    def _groups(self, part: Segment) -> list[list[str]]:
+        """The sites of a part that need data, those together that read the same; for sequential runs the others too."""
+        groups: dict[Any, list[str]] = {}
+        for site in part.sites:
+            if site in self.needs or self.sequential:
+                groups.setdefault(part.reads[site], []).append(site)
+        return list(groups.values())
 
-    def _collect(self, part: Segment, states: list[Any], advance: Callable[[str], None]) -> dict[str, Statistics]:
-        """Statistics of the sites of a part that need some; those that read the same share one object.
+    def _collect(
+        self, part: Segment, groups: Sequence[Sequence[str]], states: list[Any], advance: Callable[[str], None]
+    ) -> dict[str, Seen]:
+        """What the sites of ``groups`` read; those of one group share the object.
 
         Unless propagation is sequential, ``states`` move on to what the part hands on.
         """
-        asked = {site: self.needs[site] for site in part.sites if site in self.needs}
-        groups: dict[Any, list[str]] = {}
-        for site in asked:
-            groups.setdefault(part.reads[site], []).append(site)
-        leaders: dict[str, Statistics] = {}
-        seen: dict[str, Statistics] = {}
-        for sites in groups.values():
-            needs = Needs()
-            for site in sites:
-                needs |= asked[site]
-            leaders[sites[0]] = statistics = Statistics(needs, self.plan[sites[0]].site.in_features)
-            seen |= dict.fromkeys(sites, statistics)
+        leaders: dict[str, Seen] = {}
+        seen: dict[str, Seen] = {}
+        for sites in groups:
+            needs = functools.reduce(operator.or_, [self.needs.get(site, Needs()) for site in sites])
+            if not needs:
+                continue
+            site = self.plan[sites[0]].site
+            device = self.weight_of(self.plan[sites[0]]).device
+            leaders[sites[0]] = [Statistics(needs, site.in_features, device) for _ in range(max(1, site.experts))]
+            seen |= dict.fromkeys(sites, leaders[sites[0]])
 
-        def observe(site: str, x: Tensor) -> None:
+        def observe(site: str, x: Tensor, ends: Tensor | None) -> None:
             if site in leaders:
-                leaders[site].update(x)
+                parts = [x] if ends is None else x.tensor_split(ends[:-1].long().cpu())
+                for statistics, rows in zip(leaders[site], parts, strict=True):
+                    statistics.update(rows)
 
         for index, values in enumerate(states):
-            if self.sequential:
-                self.runner.look(part, values, observe)
-            else:
+            if not self.sequential:
                 states[index] = self.runner.run(part, values, observe)
+            elif leaders:
+                self.runner.look(part, values, observe)
             advance(part.name)
-        for site, statistics in leaders.items():
-            _check(part, site, statistics)
+        for name, statistics in leaders.items():
+            self._check(self.plan[name].site, statistics)
         return seen
 
-    def _quantize(self, planned: PlannedSite, seen: dict[str, Statistics]) -> SiteResult:
-        statistics = seen.get(planned.site.name)
-        if statistics is None:
-            return self.install(planned, None)
-        scheme, weight = planned.scheme, self.weight_of(planned)
-        assert scheme is not None
-        method = plugins.find("methods", planned.method)
-        packed = method.quantize(weight, Scheme(scheme.weight), dict(planned.options), statistics)
-        parameters = self._static(planned, seen)
-        if scheme.activation is not None and scheme.activation.clip:
-            alpha = search_clip(statistics.rows, weight, packed, scheme.activation)
-            parameters = {"alpha": torch.tensor([alpha])}
-        return self.install(planned, dataclasses.replace(packed, scheme=scheme, **parameters))
+    def _check(self, site: Site, seen: Seen) -> None:
+        where = f"{site.name}{f' in block {site.block}' if site.block else ''}"
+        if any(statistics.count and not statistics.is_finite for statistics in seen):
+            raise CalibrationError(
+                f"the input of {where} is NaN or infinite on the calibration data: the float model overflows before "
+                "it. Load the model in bfloat16 or float32, or leave out what causes it"
+            )
+        counts = [statistics.count for statistics in seen]
+        if not any(counts):
+            raise CalibrationError(f"{where} was never reached by the calibration data: leave it float by a rule")
+        if site.kind == "experts":
+            self._counts[site.name] = counts
+            rare = [expert for expert, count in enumerate(counts) if count < self.rare.tokens]
+            if rare and (self.rare.choice != "rtn" or len(rare) == len(counts)):
+                raise CalibrationError(
+                    f"{where}: {_listed(rare, counts)}, fewer than {self.rare.tokens}. Calibrate on more data, or "
+                    "choose rare_experts='all_tokens' (every expert sees every token) or 'rtn' (these are rounded to "
+                    "nearest); expert_tokens= says how many are enough"
+                )
 
-    def _static(self, planned: PlannedSite, seen: dict[str, Statistics]) -> dict[str, Tensor]:
-        """Stored parameters of static activations: the same tensors for all sites that read the same tensor."""
-        activation, label = planned.scheme.activation if planned.scheme else None, planned.site.inputs
-        if activation is None or "input_scale" not in activation.params:
-            return {}
-        key = (label or planned.site.name, str(activation))
+    def _quantize(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> SiteResult:
+        if planned.site.name not in seen:
+            return self.install(planned, None)
+        weight, own = self.weight_of(planned), seen[planned.site.name]
+        if planned.site.kind == "linear":
+            packed = _pack(planned, weight, own[0], self._static(planned, seen))
+        else:
+            enough = [statistics.count >= self.rare.tokens for statistics in own]
+            others = _static(planned, [s for s, is_enough in zip(own, enough, strict=True) if is_enough])
+            packed = PackedWeight.of_experts(
+                [
+                    _pack(planned, weight[e], own[e], _static(planned, [own[e]]))
+                    if enough[e]
+                    else _pack(planned, weight[e], None, others)
+                    for e in range(len(own))
+                ]
+            )
+        del weight  # it is freed as soon as it is replaced
+        return self.install(planned, packed)
+
+    def _static(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+        """Stored parameters of a Linear's activations: the same tensors for all sites that read the same tensor."""
+        label, scheme = planned.site.inputs, planned.scheme
+        key = (label or planned.site.name, str(scheme.activation if scheme else None))
         if key not in self._parameters:
-            alike = {planned.site.name} | {p.site.name for p in self.plan.quantized if label and p.site.inputs == label}
-            ranges = [(s.low.min(), s.high.max()) for site, s in seen.items() if site in alike]
-            low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
-            self._parameters[key] = static_parameters(low.min(), high.max(), activation)
+            alike = {p.site.name for p in self.plan.quantized if label and p.site.inputs == label} | {planned.site.name}
+            ranges = [found[0] for site, found in seen.items() if site in alike and len(found) == 1]
+            self._parameters[key] = _static(planned, ranges)
         return self._parameters[key]
 
 
-def _check(part: Segment, site: str, statistics: Statistics) -> None:
-    where = f"{site}{f' in block {part.name}' if part.name else ''}"
-    if not statistics.count:
-        raise CalibrationError(f"{where} was never reached by the calibration data: leave it float by a rule")
-    if not statistics.is_finite:
-        raise CalibrationError(
-            f"the input of {where} is NaN or infinite on the calibration data: the float model overflows before it. "
-            "Load the model in bfloat16 or float32, or leave out what causes it"
-        )
+def _static(planned: PlannedSite, seen: Sequence[Statistics]) -> dict[str, Tensor]:
+    """Stored parameters of static activations within the ranges of all of ``seen``; none for others."""
+    activation = planned.scheme.activation if planned.scheme else None
+    if activation is None or "input_scale" not in activation.params:
+        return {}
+    low, high = (torch.stack([getattr(s, end) for s in seen]) for end in ("low", "high"))
+    return static_parameters(low.min(), high.max(), activation)
+
+
+def _pack(
+    planned: PlannedSite, weight: Tensor, statistics: Statistics | None, parameters: dict[str, Tensor]
+) -> PackedWeight:
+    """Quantize the weight [out, in] of a Linear or of one expert; without statistics it is rounded to nearest."""
+    scheme = planned.scheme
+    assert scheme is not None
+    bare = Scheme(scheme.weight)
+    if statistics is None:
+        packed = plugins.find("methods", "rtn").quantize(weight, bare, {})
+    else:
+        method = plugins.find("methods", planned.method)
+        packed = method.quantize(weight, bare, dict(planned.options), statistics)
+    if scheme.activation is not None and scheme.activation.clip:
+        alpha = 1.0 if statistics is None else search_clip(statistics.rows, weight, packed, scheme.activation)
+        parameters = {"alpha": torch.tensor([alpha], device=weight.device)}
+    return dataclasses.replace(packed, scheme=scheme, **parameters)
+
+
+def _listed(experts: Sequence[int], counts: Sequence[int]) -> str:
+    """ "expert 3 saw 0 tokens, expert 7 saw 5", shortened."""
+    each = [f"expert {expert} saw {counts[expert]}" for expert in experts[:8]]
+    return ", ".join(each) + (f" and {len(experts) - 8} more" if len(experts) > 8 else "") + " tokens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -133,6 +134,11 @@ class QuantExperts(nn.Module):
         self.add_module(*down)
 
     @property
+    def names(self) -> tuple[str, str]:
+        """Names of the two projections."""
+        return self._up, self._down
+
+    @property
     def up(self) -> Projection:
         """The projection that makes gate and up, gate first."""
         return self.get_submodule(self._up)  # type: ignore[return-value]
@@ -143,20 +149,31 @@ class QuantExperts(nn.Module):
         return self.get_submodule(self._down)  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        up, down = self.up, self.down
+        up = self.up
         x = hidden_states.reshape(-1, up.in_features)
         kind = up.scheme.activation if up.scheme else None
         parts = [x]
         if kind is not None and kind.dynamic and not kind.clip:
             parts = torch.ops.qcompile.quantize(x, [], str(kind))
         k = top_k_index.shape[-1]
-        result = torch.ops.qcompile.quant_experts(
-            parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k),
+        routed = (parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k))
+        return torch.ops.qcompile.quant_experts(*routed, *self._projections(), x.dtype).view(hidden_states.shape)
+
+    def observed(self, x: Tensor, ids: Tensor, routing: Tensor, seen: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+        """``forward`` of x [tokens, hidden] that shows what the products read, sorted by expert.
+
+        ``seen(projection, rows, ends)``: of projection 0, up, or 1, down; the rows of expert e end at ``ends[e]``, and
+        are float if that projection is.
+        """
+        return ops.compute_experts([x], ids, routing, *self._projections(), x.dtype, seen)
+
+    def _projections(self) -> tuple[Any, ...]:
+        up, down = self.up, self.down
+        return (
             up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),
             f"{_scheme(up)}|{_scheme(down)}", f"{up.kernel}|{down.kernel}", self.activation,
-            [up.shape[0], up.in_features, down.in_features], x.dtype,
+            [up.shape[0], up.in_features, down.in_features],
         )  # fmt: skip
-        return result.view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

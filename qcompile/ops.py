@@ -150,18 +150,27 @@ def _(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, int
 
 
 def compute_experts(
-    x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype
-):
-    """What ``qcompile::quant_experts`` computes, in traceable torch code."""
+    x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype,
+    seen=None,
+):  # fmt: skip
+    """What ``qcompile::quant_experts`` computes, in traceable torch code.
+
+    seen: is called with (0 or 1, rows, ends) before the product up or down of rows that end where ``ends`` says.
+    """
     parsed = [None if scheme == FLOAT else scheme_of(scheme) for scheme in schemes.split("|")]
     experts, hidden, intermediate = sizes
     outputs = (up_rows(activation, intermediate), hidden)
 
     def product(i: int, weight: list[Tensor]):
-        if parsed[i] is None:
-            return lambda rows, ends: grouped_float(rows[0], ends, weight[0], False)
-        kernel = find_kernel(kernels.split("|")[i])
-        return lambda rows, ends: kernel.grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
+        def multiply(rows, ends):
+            if seen is not None:
+                seen(i, rows[0], ends)
+            if parsed[i] is None:
+                return grouped_float(rows[0], ends, weight[0], False)
+            kernel = find_kernel(kernels.split("|")[i])
+            return kernel.grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
+
+        return multiply
 
     return run_experts(
         x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,

@@ -8,6 +8,7 @@ signature of a block, and no cache is involved.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,11 +19,23 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .errors import CalibrationError
-from .sites import LINEARS, block_name, first_names, module_name, plain_name
+from .modules import QuantExperts
+from .sites import LINEARS, block_name, first_names, is_experts, module_name, plain_name
 
 Values = dict[Node, Any]
-Observer = Callable[[str, Tensor], None]
-"""Called with the name of a site and what it reads, each time that a site is about to be computed."""
+Observer = Callable[[str, Tensor, Tensor | None], None]
+"""Called with the name of a site and what it reads, each time that a site is about to be computed.
+
+Of experts, these are rows [n, in] sorted by expert, and where those of each expert end, int32 [experts].
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node that computes sites: the Linear of that name, or the two projections of experts, up and down."""
+
+    module: str
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,13 +43,13 @@ class Segment:
     """A part of a model. ``name`` is its decoder block, or "".
 
     reads  from each site that is computed here, in order, to what it reads: equal for sites with the same inputs only
-    nodes  what is run; calls: the nodes among them that compute a site, and its name
+    nodes  what is run; calls: the nodes among them that compute sites
     """
 
     name: str
     reads: Mapping[str, Hashable]
     nodes: tuple[Node, ...] = ()
-    calls: dict[Node, str] = field(default_factory=dict)
+    calls: Mapping[Node, Call] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -65,23 +78,34 @@ class Runner(Protocol):
 class Segments:
     """The parts of ``graph`` that compute ``sites`` (names), over the modules and tensors of ``model`` as they are now.
 
-    A node that computes one of the sites calls the module of that name, so quantized modules take effect as soon as
-    they are installed; every other node runs as traced. Tensors of the model are read when a node needs them. finely:
-    blocks are cut again before sites that read something else than the site before (q, k and v; o; gate and up; down).
+    A node that computes one of the sites calls the module that holds it, so quantized weights take effect as soon as
+    they are installed; every other node runs as traced. Tensors of the model are read when a node needs them. Experts
+    must be QuantExperts (``float_experts.fuse``) if one of their projections is among the sites.
+
+    finely: blocks are cut again before sites that read something else than the site before (q, k and v; o; gate and up;
+    down). all_tokens: every expert is shown every token; what experts hand on stays that of the routed ones.
     """
 
-    def __init__(self, graph: GraphModule, model: nn.Module, sites: Iterable[str], *, finely: bool = False) -> None:
-        self.model, self.graph = model, graph
+    def __init__(
+        self,
+        graph: GraphModule,
+        model: nn.Module,
+        sites: Iterable[str],
+        *,
+        finely: bool = False,
+        all_tokens: bool = False,
+    ) -> None:
+        self.model, self.graph, self.all_tokens = model, graph, all_tokens
         wanted, first = frozenset(sites), first_names(model)
-        calls = {
-            node: name
-            for node in graph.graph.nodes
-            if node.op == "call_function"
-            and node.target in LINEARS
-            and (name := first.get(module_name(node), "")) in wanted
-        }
+        calls: dict[Node, Call] = {}
+        for node in graph.graph.nodes:
+            name = first.get(module_name(node), "") if node.op == "call_function" else ""
+            if is_experts(node) and isinstance(experts := model.get_submodule(name), QuantExperts):
+                calls[node] = Call(name, tuple(f"{name}.{projection}" for projection in experts.names))
+            elif node.target in LINEARS and name in wanted:
+                calls[node] = Call(name, (name,))
         nodes = _executed(graph, calls)
-        self.parts = _cut(nodes, calls, finely)
+        self.parts = _cut(nodes, calls, wanted, finely)
         self._done_after = _last_uses(nodes, calls)
 
     def start(self, inputs: tuple[Any, ...]) -> Values:
@@ -98,7 +122,7 @@ class Segments:
         computed: set[Node] = set()
         for node in reversed(part.nodes):
             if node in part.calls:
-                computed.add(node.all_input_nodes[0])
+                computed.update(_inputs(node, part.calls))
             elif node in computed or (computed and _mutates(node)):
                 computed |= {node, *node.all_input_nodes}
         nodes = [node for node in part.nodes if node in computed or node in part.calls]
@@ -110,13 +134,13 @@ class Segments:
     ) -> Values:
         values = _own_copy(values) if any(_mutates(node) for node in nodes) else dict(values)
         for node in nodes:
-            site = part.calls.get(node)
-            if site is not None:
-                x = self._value(node.all_input_nodes[0], values)
-                if observe is not None:
-                    observe(site, x)
+            call = part.calls.get(node)
+            if call is not None:
+                inputs = [self._value(source, values) for source in _inputs(node, part.calls)]
+                module = self.model.get_submodule(call.module)
+                result = show(module, call.sites, inputs, observe, self.all_tokens) if observe else None
                 if node in computed:
-                    values[node] = self.model.get_submodule(site)(x)
+                    values[node] = module(*inputs) if result is None else result
             else:
                 args: Any = map_arg(node.args, lambda n: self._value(n, values))
                 kwargs: Any = map_arg(node.kwargs, lambda n: self._value(n, values))
@@ -142,13 +166,17 @@ class Segments:
 class WholeModel:
     """A model that could not be traced, as one part: its sites are observed by hooks while it runs as it is.
 
-    call: ``model`` as a function of positional inputs (``trace.as_called``).
+    call: ``model`` as a function of positional inputs (``trace.as_called``). all_tokens: as for ``Segments``.
     """
 
-    def __init__(self, call: nn.Module, model: nn.Module, sites: Iterable[str]) -> None:
-        self.call = call
-        self.modules = {name: model.get_submodule(name) for name in sites}
-        self.parts = [Segment("", {name: name for name in self.modules})]
+    def __init__(self, call: nn.Module, model: nn.Module, sites: Iterable[str], *, all_tokens: bool = False) -> None:
+        self.call, self.all_tokens = call, all_tokens
+        sites = list(sites)
+        self.calls: dict[nn.Module, tuple[str, ...]] = {model.get_submodule(name): (name,) for name in sites}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantExperts):
+                self.calls[module] = tuple(f"{name}.{projection}" for projection in module.names)
+        self.parts = [Segment("", {name: name for name in sites})]
 
     def start(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What the only part begins with."""
@@ -163,8 +191,8 @@ class WholeModel:
         """Run the model in eval mode on positional inputs; returns them."""
         training = {module: module.training for module in self.call.modules()}
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-            for name, module in self.modules.items()
+            module.register_forward_pre_hook(functools.partial(self._show, observe=observe))
+            for module in self.calls
             if observe is not None
         ]
         try:
@@ -176,15 +204,47 @@ class WholeModel:
                 module.training = mode
         return values
 
+    def _show(self, module: nn.Module, inputs: tuple[Any, ...], *, observe: Observer) -> None:
+        show(module, self.calls[module], inputs, observe, self.all_tokens)
 
-def _executed(graph: GraphModule, calls: dict[Node, str]) -> list[Node]:
-    """The computing nodes up to the last site, without those that only prepare the weight of a site."""
+
+def show(
+    module: nn.Module, sites: Sequence[str], inputs: Sequence[Tensor], observe: Observer, all_tokens: bool
+) -> Tensor | None:
+    """Show an observer what a module that computes ``sites`` reads when it is called with ``inputs``.
+
+    Returns the module's result if that had to be computed, for tokens [n, hidden].
+    """
+    if not isinstance(module, QuantExperts):
+        observe(sites[0], inputs[0], None)
+        return None
+
+    def seen(projection: int, rows: Tensor, ends: Tensor) -> None:
+        observe(sites[projection], rows, ends)
+
+    x, ids, routing = (tensor.reshape(-1, tensor.shape[-1]) for tensor in inputs)
+    if not all_tokens:
+        return module.observed(x, ids, routing, seen)
+    for expert in range(module.up.shape[0]):
+        module.observed(x, torch.full_like(ids[:, :1], expert), torch.ones_like(routing[:, :1]), seen)
+    return None
+
+
+def _inputs(node: Node, calls: Mapping[Node, Call]) -> list[Node]:
+    """What a node reads of its arguments: x; of experts x, the chosen experts and their weights; else all of them."""
+    if node not in calls:
+        return node.all_input_nodes
+    return list(node.args[: 3 if is_experts(node) else 1])  # type: ignore[arg-type]
+
+
+def _executed(graph: GraphModule, calls: Mapping[Node, Call]) -> list[Node]:
+    """The computing nodes up to the last call, without those that only prepare the weights of calls."""
     found: list[Node] = []
     unread: set[Node] = set()
     for node in reversed(graph.graph.nodes):
         if node.op != "call_function" or not (found or node in calls):
             continue
-        readers = [user for user in node.users if user not in unread and _reads(user, node, calls)]
+        readers = [user for user in node.users if user not in unread and node in _inputs(user, calls)]
         checks_only = node.target is torch.ops.aten._assert_tensor_metadata.default
         if checks_only or (node.users and not readers):
             unread.add(node)
@@ -193,24 +253,20 @@ def _executed(graph: GraphModule, calls: dict[Node, str]) -> list[Node]:
     return found[::-1]
 
 
-def _reads(user: Node, node: Node, calls: dict[Node, str]) -> bool:
-    return node is user.all_input_nodes[0] if user in calls else True
-
-
-def _cut(nodes: list[Node], calls: dict[Node, str], finely: bool) -> list[Segment]:
+def _cut(nodes: list[Node], calls: Mapping[Node, Call], wanted: Set[str], finely: bool) -> list[Segment]:
     """Cut where the decoder block (finely: or what sites read) changes, unless a site is computed on both sides.
 
-    Each part has a site.
+    Each part has a wanted site.
     """
-    spans: dict[str, tuple[int, int]] = {}
+    spans: dict[Call, tuple[int, int]] = {}
     starts: list[int] = []
     block, source = "", None
     for index, node in enumerate(nodes):
-        if node in calls:
-            spans[calls[node]] = (spans.get(calls[node], (index, 0))[0], index)
-            if finely and node.all_input_nodes[0] is not source:
+        if call := calls.get(node):
+            spans[call] = (spans.get(call, (index, 0))[0], index)
+            if finely and _reads(node, 0) != source:
                 starts.append(index)
-            source = node.all_input_nodes[0]
+            source = _reads(node, 0)
         if (name := module_name(node)) and block_name(name) != block:
             block = block_name(name)
             starts.append(index)
@@ -220,22 +276,28 @@ def _cut(nodes: list[Node], calls: dict[Node, str], finely: bool) -> list[Segmen
     begin = 0
     for end in [*cuts, len(nodes)]:
         own = {node: calls[node] for node in nodes[begin:end] if node in calls}
-        if own:
-            reads: dict[str, tuple[Node, ...]] = {}
-            for node, site in own.items():
-                reads[site] = (*reads.get(site, ()), node.all_input_nodes[0])
-            parts.append(Segment(block_name(next(iter(own.values()))), reads, tuple(nodes[begin:end]), own))
+        reads: dict[str, tuple[Hashable, ...]] = {}
+        for node, call in own.items():
+            for i, site in enumerate(call.sites):
+                if site in wanted:
+                    reads[site] = (*reads.get(site, ()), _reads(node, i))
+        if reads:
+            parts.append(Segment(block_name(next(iter(reads))), reads, tuple(nodes[begin:end]), own))
             begin = end
     return parts
 
 
-def _last_uses(nodes: list[Node], calls: dict[Node, str]) -> dict[Node, list[Node]]:
+def _reads(node: Node, place: int) -> Hashable:
+    """What a call's site reads: equal for Linears of the same input only."""
+    return (node, place) if is_experts(node) else node.args[0]  # type: ignore[return-value]
+
+
+def _last_uses(nodes: list[Node], calls: Mapping[Node, Call]) -> dict[Node, list[Node]]:
     """From a node to the values that nobody reads after it."""
     done: dict[Node, list[Node]] = {}
     seen: set[Node] = set()
     for node in reversed(nodes):
-        sources = node.all_input_nodes[:1] if node in calls else node.all_input_nodes
-        for source in [node, *sources]:
+        for source in [node, *_inputs(node, calls)]:
             if source not in seen:
                 seen.add(source)
                 done.setdefault(node, []).append(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -159,6 +160,14 @@ class PackedWeight:
         parts = {name: tensor[index] for name, tensor in self.tensors().items()}
         parts |= {name: tensor[index : index + 1] for name, tensor in self.activation_tensors().items()}
         return PackedWeight(self.scheme, self.shape[-2:], **parts)
+
+    @classmethod
+    def of_experts(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """The weight of experts from those of each one; the inverse of ``expert``."""
+        first, own = weights[0], [weight.activation_tensors() for weight in weights]
+        parts = {name: torch.stack([weight.tensors()[name] for weight in weights]) for name in first.tensors()}
+        parts |= {name: torch.cat([tensors[name] for tensors in own]) for name in own[0]}
+        return cls(first.scheme, (len(weights), *first.shape), **parts)
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ class TestSegments:
             seen, looked = {}, {}
             values = segments.start((batch,))
             for part in segments.parts:
-                segments.look(part, values, lambda name, x, looked=looked: looked.setdefault(name, x))
-                values = segments.run(part, values, lambda name, x, seen=seen: seen.setdefault(name, x))
+                segments.look(part, values, lambda name, x, _, looked=looked: looked.setdefault(name, x))
+                values = segments.run(part, values, lambda name, x, _, seen=seen: seen.setdefault(name, x))
             assert not values
             assert seen.keys() == looked.keys() == expected.keys()
             assert all(torch.equal(x, expected[name]) and torch.equal(x, looked[name]) for name, x in seen.items())
@@ -184,7 +184,7 @@ class TestSegments:
         segments = Segments(traced.graph, model, ["0", "2"])
         (part,) = segments.parts
         seen = []
-        segments.run(part, segments.start((x,)), lambda name, x: seen.append(name))
+        segments.run(part, segments.start((x,)), lambda name, *_: seen.append(name))
         assert seen == ["0", "2", "0"]
 
     def test_what_is_written_in_place_can_be_run_again(self):
@@ -210,7 +210,7 @@ class TestSegments:
         for part in segments.parts:
             segments.run(part, values)
             seen = {}
-            values = segments.run(part, values, lambda name, x, seen=seen: seen.update({name: x.clone()}))
+            values = segments.run(part, values, lambda name, x, _, seen=seen: seen.update({name: x.clone()}))
             assert all(torch.equal(value, expected[name]) for name, value in seen.items())
 
 
