@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -20,6 +19,7 @@ from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
 from .experts import ExpertsLayout, find_experts
 from .float_experts import fuse, parts, projections, unfuse
+from .memory import return_memory
 from .modules import (
     FloatWeight,
     QuantExperts,
@@ -129,7 +129,7 @@ def quantize(
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     set_state(model, State(decided, report_, graph))
     gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
-    _return_memory()
+    return_memory()
     return model
 
 
@@ -294,14 +294,15 @@ def _calibration_inputs(
 
 
 def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:
-    _return_memory()
+    return_memory()
     module = _float_module(model, planned)
 
+    def release() -> None:
+        module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
 
-def _return_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps blocks of up to 32 MB, which then pile up beside the model."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    quantized, result = quantize_site(planned, module.weight.detach(), module.bias, packed, release)
+    replace_module(model, module, quantized.train(module.training))
+    return result
 
 
 def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> tuple[PassRecord, ...]:

@@ -153,7 +153,7 @@ class QuantExperts(nn.Module):
         x = hidden_states.reshape(-1, up.in_features)
         kind = up.scheme.activation if up.scheme else None
         parts = [x]
-        if kind is not None and kind.dynamic and not kind.clip:
+        if kind is not None and not kind.params:
             parts = torch.ops.qcompile.quantize(x, [], str(kind))
         k = top_k_index.shape[-1]
         routed = (parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k))
@@ -183,20 +183,28 @@ def _scheme(part: Projection) -> str:
     return FLOAT if part.scheme is None else str(part.scheme)
 
 
-@torch.no_grad()
 def quantize_site(
-    planned: PlannedSite, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None = None
+    planned: PlannedSite,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: PackedWeight | None = None,
+    release: Callable[[], None] | None = None,
 ) -> tuple[QuantWeight, SiteResult]:
     """Quantize a float weight [out, in] or [experts, out, in] as planned: its module, and what was lost.
 
-    packed: what calibration made of it already.
+    packed: what calibration made of it already. release: is called when the float weight is no longer needed, before
+    the layout of the kernel is made.
     """
     scheme = planned.scheme
     assert scheme is not None
-    if packed is None:
-        packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
-    sqnr = numerics.signal_to_noise(weight, packed)
-    module = module_of(planned, packed, bias)
+    with torch.no_grad():  # not around the function, where it would hold the arguments
+        if packed is None:
+            packed = plugins.find("methods", planned.method).quantize(weight, scheme, dict(planned.options))
+        sqnr = numerics.signal_to_noise(weight, packed)
+        del weight
+        if release is not None:
+            release()
+        module = module_of(planned, packed, bias)
     return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.buffers()), sqnr)
 
 
