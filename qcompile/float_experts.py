@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import numerics
 from .experts import ExpertsLayout
+from .memory import return_memory
 from .modules import FloatWeight, Projection, QuantExperts, replace_module
 from .moe import gate_by_gate, gate_first
 from .routing import clear_form, set_form
@@ -66,6 +67,7 @@ def fuse(model: nn.Module, layouts: Iterable[ExpertsLayout]) -> None:
             for owner, leaf in slots(module, layout, projection, "weight", "bias"):
                 empty = torch.empty_like(getattr(owner, leaf), device="meta")
                 owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+            return_memory()
         up, down = zip(layout.projections, made, strict=True)
         experts = QuantExperts(up, down, layout.arithmetic.activation)
         vars(experts)["origin"] = (layout, module)

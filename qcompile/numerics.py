@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from . import small_floats
 from .activations import dequantize_activation, quantize_activation
 from .errors import UnsupportedError
+from .groups import join_groups, split_groups
 from .types import PackedWeight, Scheme, WeightType
 
 __all__ = [
-    "CHUNK", "code_values", "dequantize", "dequantize_activation", "dequantize_packed", "expand_groups", "is_finite",
+    "CHUNK", "code_values", "dequantize", "dequantize_activation", "dequantize_packed", "is_finite",
     "pack_codes", "quantize_activation", "quantize_weight", "signal_to_noise", "signed_codes", "unpack_codes",
 ]  # fmt: skip
 
@@ -110,11 +111,14 @@ def quantize_weight(
     if observer == "mse" and weight_type.per_tensor:
         raise UnsupportedError("observer 'mse' searches the scales of groups, not one for a whole tensor")
     dtype, searched = small_floats.SCALE_DTYPES.get(weight_type.number, scale_dtype or weight.dtype), observer == "mse"
-    parts = [
-        _quantize_matrix(matrix, weight_type, dtype, searched, codes == "narrow")
-        for matrix in (weight if weight.dim() == 3 else weight[None])
-    ]
-    tensors = {name: torch.stack([p[name] for p in parts]) if weight.dim() == 3 else t for name, t in parts[0].items()}
+    tensors: dict[str, Tensor] = {}
+    for expert, matrix in enumerate(weight if weight.dim() == 3 else weight[None]):
+        own = _quantize_matrix(matrix, weight_type, dtype, searched, codes == "narrow")
+        if weight.dim() == 2:
+            tensors = own
+            break
+        for name, tensor in own.items():
+            tensors.setdefault(name, tensor.new_empty((weight.shape[0], *tensor.shape)))[expert] = tensor
     return PackedWeight(scheme, tuple(weight.shape), **tensors)
 
 
@@ -154,14 +158,9 @@ def _row_chunks(weight: Tensor, weight_type: WeightType) -> Iterator[Tensor]:
 
 def _groups(weight: Tensor, weight_type: WeightType) -> Tensor:
     """Float weights [out, in] as float32 [scale rows, groups, weights of one]; short groups are padded with zeros."""
-    (out, inn), (height, width) = weight.shape, _group_shape(weight_type, weight.shape[1])
-    padded = F.pad(weight.float(), (0, -inn % width, 0, -out % height))
-    return (
-        padded.unflatten(1, (-(-inn // width), width))
-        .unflatten(0, (-(-out // height), height))
-        .transpose(1, 2)
-        .flatten(2)
-    )
+    height, width = _group_shape(weight_type, weight.shape[1])
+    columns = split_groups(weight.float(), width)
+    return F.pad(columns, (0, 0, 0, 0, 0, -len(weight) % height)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
 
 
 def _ungroup(codes: Tensor, weight_type: WeightType, out: int, inn: int) -> Tensor:
@@ -270,17 +269,6 @@ def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.copysign(magnitude, scales)
 
 
-def expand_groups(values: Tensor, weight_type: WeightType, out_features: int, in_features: int) -> Tensor:
-    """Repeat values [..., rows, G] of each group for its weights: [..., out, in], or a shape that broadcasts to it."""
-    if weight_type.block:
-        rows, columns = weight_type.block
-        values = values.repeat_interleave(rows, dim=-2)[..., :out_features, :]
-        return values.repeat_interleave(columns, dim=-1)[..., :in_features]
-    if weight_type.group_size is None:
-        return values
-    return values.repeat_interleave(weight_type.group_size, dim=-1)[..., :in_features]
-
-
 def code_values(codes: Tensor, weight_type: WeightType, in_features: int) -> Tensor:
     """The numbers that canonical codes [..., bytes] stand for before zero points and scales: [..., in].
 
@@ -318,11 +306,13 @@ def dequantize(
         scales = scales / outer[..., None]
     if dtype is not None:
         scales = scales.to(dtype)
-    q = code_values(codes, weight_type, in_features)
+    scales = scales[..., None]  # [..., rows, groups, 1]
+    if weight_type.block:
+        scales = scales.repeat_interleave(weight_type.block[0], dim=-3)[..., :out, :, :]
+    q = split_groups(code_values(codes, weight_type, in_features), _group_shape(weight_type, in_features)[1])
     if weight_type.number == "int":
-        half = 2 ** (weight_type.bits - 1)
-        q = q - (half if zeros is None else expand_groups(zeros.to(torch.int16), weight_type, out, in_features))
-    weight = q.to(scales.dtype) * expand_groups(scales, weight_type, out, in_features)
+        q = q - (2 ** (weight_type.bits - 1) if zeros is None else zeros[..., None].to(torch.int16))
+    weight = join_groups(q.to(scales.dtype) * scales, in_features)
     if permutation is None:
         return weight
     columns = permutation.long()[..., None, :].expand_as(weight)
