@@ -87,7 +87,7 @@ class RMSNorm:
         eps = terms[1] if terms[0] is mean else terms[0]
         source = cast_source(wide)
         x = source if source is not None and dtype_of(wide) == wide_dtype(value_dtype(source)) else wide
-        match = _Norm(x, wide, mean, eps, node, [mean.args[0], mean, node.args[0]])
+        match = _Norm(x, wide, mean, eps, node, [mean.args[0], mean, node.args[0]])  # type: ignore[list-item]
         scaled = sole_user(node)
         if scaled is not None and other_operand(scaled, "mul", node) in (wide, x):
             match.advance(scaled)

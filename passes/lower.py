@@ -157,7 +157,7 @@ def _owners(node: Node, traced: GraphModule) -> dict[Node, Node]:
         return {}
     made: list[tuple[set[Node], Node]] = []
     for user in node.users:
-        ancestors, pending = set[Node](), [outputs[user.args[1]]]  # type: ignore[index, call-overload]
+        ancestors, pending = set[Node](), [outputs[user.args[1]]]  # type: ignore[index]
         while pending:
             inner = pending.pop()
             if isinstance(inner, Node) and inner not in ancestors:

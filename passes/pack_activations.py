@@ -66,7 +66,7 @@ class IntoWords:
 def _replace_codes(codes: Node, words: Node, edit: Edit) -> None:
     """Let ``words`` stand for ``codes``, and words in other rows for codes in other rows."""
     for reader in [reader for reader in codes.users if _keeps_columns(reader)]:
-        sizes = [*reader.args[1][:-1], value(words).shape[-1]]  # type: ignore[index]
+        sizes = [*reader.args[1][:-1], value(words).shape[-1]]  # type: ignore[index, misc]
         _replace_codes(reader, edit.call(reader, reader.target, (words, sizes)), edit)  # type: ignore[arg-type]
     codes.replace_all_uses_with(words)
     codes.graph.erase_node(codes)

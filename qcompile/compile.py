@@ -185,8 +185,9 @@ class _Inner:
         from torch._inductor.compile_fx import compile_fx_inner
 
         if self.finish is not None:
-            static = torch._guards.TracingContext.get().fw_metadata.static_input_indices
-            return self.finish(module, example_inputs, static, self.options.npu_graph), 1, 1
+            metadata = torch._guards.TracingContext.get().fw_metadata
+            weights = metadata.static_input_indices if metadata is not None else []
+            return self.finish(module, example_inputs, weights, self.options.npu_graph), 1, 1
         pieces = cut(module) if self.options.regions else []
         if len(pieces) < 2:
             return compile_fx_inner(module, example_inputs, **kwargs), 1, 1

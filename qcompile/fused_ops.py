@@ -46,7 +46,7 @@ def rms_norm(
     """
     wide = x.to(wide_dtype(x.dtype))
     variance = wide.pow(2).mean(-1, keepdim=True)
-    normal = wide * torch.rsqrt(variance + (eps if eps_tensor is None else eps_tensor))
+    normal = wide * torch.rsqrt(variance + (eps_tensor if eps is None else eps))  # type: ignore[operator]
     if round_first:
         normal = normal.to(x.dtype)
     if weight is not None:

@@ -82,15 +82,17 @@ class Int8Matmul(IntegerKernel):
         """npu_grouped_matmul_swiglu_quant_v2: FRACTAL_NZ weights, one scale per token."""
         codes, scale = x[:2]
         stored, _, scales, *permutation = weight
-        if not self.nz or is_static(scheme) or not contract.swiglu_fits(*stored.shape[1:], bits=8):
+        _, inputs, outputs = stored.shape
+        if not self.nz or is_static(scheme) or not contract.swiglu_fits(inputs, outputs, bits=8):
             return None
         return swiglu_quantized(permuted(codes, permutation, groups), stored, scales, scale, groups)
 
     def sums(self, weight: Sequence[Tensor], scheme: Scheme, rows: int | torch.SymInt) -> bool:
         """npu_grouped_matmul_finalize_routing: FRACTAL_NZ weights, and a number of tokens that is known beforehand."""
         experts, _, outputs = weight[0].shape
-        known = self.nz and not is_static(scheme) and isinstance(rows, int)
-        return known and contract.sum_fits(experts, outputs, rows)
+        if not self.nz or is_static(scheme) or not isinstance(rows, int):
+            return False
+        return contract.sum_fits(experts, outputs, rows)
 
     def summed(
         self,
