@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .groups import join_groups, split_groups
 from .small_floats import E4M3_MAX, mx_scales, nvfp4_scales, round_e2m1, round_e4m3
 from .types import ActivationType
 
@@ -73,7 +74,7 @@ def _small_floats(values: Tensor, activation: ActivationType, params: Sequence[T
         return [round_e4m3(values / params[0])]
     columns, number = values.shape[-1], activation.number
     size = activation.group_size or columns
-    groups = torch.nn.functional.pad(values, (0, -columns % size)).unflatten(-1, (-(-columns // size), size))
+    groups = split_groups(values, size)
     largest = groups.abs().amax(-1)
     if number == "fp8":
         scale = largest / E4M3_MAX
@@ -83,7 +84,7 @@ def _small_floats(values: Tensor, activation: ActivationType, params: Sequence[T
         scale = mx_scales(largest, number)
     shares = groups / _nonzero(scale)[..., None]
     codes = round_e2m1(shares) if activation.bits == 4 else round_e4m3(shares)
-    return [codes.flatten(-2)[..., :columns].contiguous(), scale]
+    return [join_groups(codes, columns), scale]
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -101,6 +102,6 @@ def dequantize_activation(quantized: Sequence[Tensor], activation: ActivationTyp
     if zero:
         values = values - zero[0].double()
     scale = scale.double()
-    if activation.group_size:
-        scale = scale.repeat_interleave(activation.group_size, dim=-1)[..., : codes.shape[-1]]
-    return values * scale
+    if activation.group_size is None:
+        return values * scale
+    return join_groups(split_groups(values, activation.group_size) * scale[..., None], codes.shape[-1])

@@ -48,7 +48,10 @@ class Kernel:
 
     def prepare(self, packed: PackedWeight) -> list[Tensor]:
         """Device tensors of a canonical weight."""
-        return list(packed.tensors().values())
+        tensors = packed.tensors()
+        if packed.scales.dtype == torch.float8_e8m0fnu:  # its bits: Inductor cannot compute with it
+            tensors["scales"] = packed.scales.view(torch.uint8)
+        return list(tensors.values())
 
     def restore(
         self,
@@ -59,6 +62,7 @@ class Kernel:
     ) -> PackedWeight:
         """Exact inverse of ``prepare``; ``activation`` holds ``PackedWeight.activation_tensors`` by name."""
         codes, scales, zeros, permutation, outer = _named(tensors, scheme)
+        scales = scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales
         return PackedWeight(scheme, shape, codes, scales, zeros, permutation, outer, **activation)
 
     def linear(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, scheme: Scheme, out: int) -> Tensor:

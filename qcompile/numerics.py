@@ -297,11 +297,11 @@ def dequantize(
     """The weight [..., out, in] that canonical tensors stand for, in ``dtype`` (default: that of the scales).
 
     ``q - z`` is an exact small number; it is multiplied by the scale with one rounding. Scales in 8 bits (nvfp4, mx
-    formats) are widened to float32, the default dtype then, and divided by ``outer`` if there is one, in float32.
+    formats; e8m0 also as uint8) are widened to float32, the default dtype then, and divided by ``outer`` if there is
+    one, in float32.
     """
     weight_type, out = scheme.weight, codes.shape[-2]
-    if scales.dtype.itemsize == 1:
-        scales = scales.float()
+    scales = _widened(scales)
     if outer is not None:
         scales = scales / outer[..., None]
     if dtype is not None:
@@ -317,6 +317,13 @@ def dequantize(
         return weight
     columns = permutation.long()[..., None, :].expand_as(weight)
     return torch.empty_like(weight).scatter_(-1, columns, weight)
+
+
+def _widened(scales: Tensor) -> Tensor:
+    """Scales in 8 bits as float32, others as they are."""
+    if scales.dtype in (torch.float8_e8m0fnu, torch.uint8):
+        return small_floats.e8m0_values(scales.view(torch.uint8))
+    return scales.float() if scales.dtype.itemsize == 1 else scales
 
 
 def dequantize_packed(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:

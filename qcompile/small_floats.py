@@ -59,8 +59,14 @@ def mx_scales(largest: Tensor, number: str) -> Tensor:
     """
     exponents = largest.view(torch.int32) >> 23  # biased by 127 as in e8m0; 0 for subnormals, 255 if not finite
     codes = (exponents - _MX_EXPONENTS[number]).clamp(min=0)
-    bits = torch.where(codes == 0, 1 << 22, codes << 23)  # Inductor has no e8m0: these are the bits of the float32
-    return torch.where(exponents == 255, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
+    return e8m0_values(torch.where(exponents == 255, exponents, codes))
+
+
+def e8m0_values(codes: Tensor) -> Tensor:
+    """The float32 numbers of codes (0 .. 255, integers). By their bits, because Inductor does not know e8m0."""
+    codes = codes.to(torch.int32)
+    bits = torch.where(codes == 0, 1 << 22, codes << 23)  # 2 ** -127 is subnormal
+    return torch.where(codes == 255, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
 
 
 def nvfp4_outer(largest: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from qcompile import kernels, plugins
 from qcompile.modules import QuantLinear, replace_module
 from qcompile.numerics import quantize_weight
 from qcompile.trace import walk
-from qcompile.types import Scheme
+from qcompile.types import Scheme, WeightType
 
 
 def tiny_config(family: str = "qwen3", **changes):
@@ -84,3 +84,11 @@ def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """``|actual - expected| / |expected|``."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def expand_groups(values: torch.Tensor, weight: WeightType, out: int, inn: int) -> torch.Tensor:
+    """Repeat values [..., rows, groups] of each group for its weights: [..., out, in], or what broadcasts to that."""
+    rows, columns = weight.block or (1, weight.group_size)
+    if columns is None:
+        return values
+    return values.repeat_interleave(rows, dim=-2)[..., :out, :].repeat_interleave(columns, dim=-1)[..., :inn]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import expand_groups
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def relative_error(weight: torch.Tensor, packed) -> float:
 
 def row_scales(packed) -> torch.Tensor:
     """Absolute float32 scale of every weight."""
-    return numerics.expand_groups(packed.scales.float().abs(), packed.scheme.weight, *packed.shape)
+    return expand_groups(packed.scales.float().abs(), packed.scheme.weight, *packed.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- bit streams

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import expand_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -83,6 +84,14 @@ def test_mx_scales_are_powers_of_two_below_the_largest(largest, case):
     assert scale.to(torch.float8_e8m0fnu).view(torch.uint8).item() == expected + 127
 
 
+def test_e8m0_codes_stand_for_powers_of_two():
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = small_floats.e8m0_values(codes)
+    assert values[:255].tolist() == [2.0 ** (code - 127) for code in range(255)]
+    assert values[255].isnan()
+    assert torch.equal(values[:255], codes.view(torch.float8_e8m0fnu).float()[:255])
+
+
 def test_mx_scales_at_the_ends():
     scales = small_floats.mx_scales(torch.tensor([0.0, 2.0**-149, 3.4e38, math.inf, math.nan]), "mxfp4")
     assert scales.to(torch.float8_e8m0fnu).view(torch.uint8).tolist() == [0, 0, 252, 255, 255]
@@ -102,7 +111,7 @@ def expanded_scales(packed: PackedWeight) -> torch.Tensor:
     scales = packed.scales.double()
     if packed.outer is not None:
         scales = (packed.scales.float() / packed.outer[..., None]).double()
-    scales = numerics.expand_groups(scales, packed.scheme.weight, *packed.shape[-2:])
+    scales = expand_groups(scales, packed.scheme.weight, *packed.shape[-2:])
     return scales.expand(packed.shape)
 
 
