@@ -72,7 +72,7 @@ def signature(value: Any) -> Any:
         return tuple(str(size) for size in value.shape), value.dtype, value.device.type
     if isinstance(value, tuple | list):
         return tuple(signature(item) for item in value)
-    return type(value).__name__
+    return type(value).__name__.removeprefix("Sym").lower()  # a traced size may be a SymInt that is a constant
 
 
 def replace(old: Node, new: Node, pass_name: str) -> None:

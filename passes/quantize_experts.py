@@ -63,7 +63,7 @@ class QuantizeExperts:
             )
             operands += [weights, bias[0] if bias else None, params]
             kind = part.scheme.activation if part.scheme else None
-            if i == 0 and kind is not None and kind.dynamic and not kind.clip:
+            if i == 0 and kind is not None and not kind.params:
                 parts = quantized_input(node, x, [], kind)
         schemes = "|".join(str(part.scheme or FLOAT) for part in (experts.up, experts.down))
         kernels = f"{experts.up.kernel}|{experts.down.kernel}"

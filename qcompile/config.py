@@ -24,8 +24,17 @@ from .types import Scheme, Site
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {"scheme": "w4a16_g128"},
     "gptq": {"scheme": "w4a16_g128", "method": "gptq"},
+    "fp8": {"scheme": "wfp8afp8"},
+    "fp8_static": {"scheme": "wfp8afp8_tensor_static"},
+    "fp8_block": {"scheme": "wfp8afp8_b128x128"},
+    "nvfp4": {"scheme": "wnvfp4anvfp4"},
+    "mxfp4": {"scheme": "wmxfp4amxfp4"},
+    "mxfp8": {"scheme": "wmxfp8amxfp8"},
 }
-"""Preset names; any scheme name ("w8a16", "w4a16_g32_asym", "w8a8") is one as well, rounded to nearest."""
+"""Preset names; any scheme name ("w4a16_g32_asym", "w8a8", "w8a8_static", "w4a8") is one as well, rounded to nearest.
+
+Those of small floats quantize weights and activations, as the presets of the same names of compressed-tensors do.
+"""
 
 FLOAT = "float"
 
@@ -115,7 +124,7 @@ def as_config(config: QuantConfig | str | Path | dict[str, Any]) -> QuantConfig:
     if isinstance(config, str):
         if config in PRESETS:
             return _from_dict(dict(PRESETS[config]), f"preset {config!r}")
-        if re.match(r"w\d+a\d+", config):
+        if re.match(r"w[a-z]*\d+a", config):
             return QuantConfig(scheme=_valid_scheme(config))
         raise ConfigError(
             f"unknown preset {config!r}.{did_you_mean(config, PRESETS)} A scheme name such as 'w4a16_g64_asym', "

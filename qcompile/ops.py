@@ -151,7 +151,7 @@ def _(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, int
 
 def compute_experts(
     x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype,
-    seen=None,
+    *, seen=None,
 ):  # fmt: skip
     """What ``qcompile::quant_experts`` computes, in traceable torch code.
 
@@ -217,7 +217,14 @@ def quant_experts(
 @quant_experts.register_fake
 def _(x, ids, routing, *rest):
     sizes, dtype = rest[-2:]
+    _same_tokens(x[0], ids, routing)
     return x[0].new_empty((x[0].shape[0], sizes[1]), dtype=dtype)
+
+
+def _same_tokens(x: Tensor, ids: Tensor, routing: Tensor) -> None:
+    """Tell the compiler what it may not see: that the three have the same number of tokens."""
+    torch._check(x.shape[0] == ids.shape[0], lambda: f"{x.shape[0]} tokens, but experts chosen for {ids.shape[0]}")
+    torch._check(ids.shape == routing.shape, lambda: f"experts {list(ids.shape)}, but weights {list(routing.shape)}")
 
 
 def check_ids(ids: Tensor, experts: int) -> None:

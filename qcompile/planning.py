@@ -93,16 +93,18 @@ def _plan_site(config: QuantConfig, site: Site, backend: Backend) -> PlannedSite
             raise UnsupportedError(f"{site.name} cannot be {scheme} on {backend.name}, as a rule asks: {refusals}")
         return PlannedSite(site, None, f"{backend.name} cannot run {scheme}: {refusals}", bytes_after=site.float_bytes)
     method = (rule and rule.method) or config.method
-    if reason := plugins.find("methods", method).refuses(scheme):
+    options = (rule and rule.options) or config.options
+    if reason := plugins.find("methods", method).refuses(scheme, options):
         raise UnsupportedError(f"{site.name} cannot be {scheme} by method {method!r}: {reason}")
+    params = scheme.activation.params if scheme.activation else ()
     return PlannedSite(
         site,
         scheme,
         f"{f'rule {rule.match!r}' if rule else 'default'}{f'; {refusals}' if refusals else ''}",
         method=method,
-        options=tuple(sorted((rule.options or config.options if rule else config.options).items())),
+        options=tuple(sorted(options.items())),
         kernel=f"{backend.name}.{kernel.name}",
-        bytes_after=kernel.nbytes(site, scheme),
+        bytes_after=kernel.nbytes(site, scheme) + 4 * len(params) * max(1, site.experts),
     )
 
 

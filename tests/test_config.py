@@ -8,7 +8,7 @@ import yaml
 
 from qcompile.config import PRESETS, QuantConfig, Rule, as_config
 from qcompile.errors import ConfigError
-from qcompile.types import Site
+from qcompile.types import Scheme, Site
 
 
 def site(name: str, role: str = "linear") -> Site:
@@ -23,8 +23,17 @@ def test_presets_are_configs(name):
     assert as_config(name) == QuantConfig(**PRESETS[name])
 
 
-def test_a_scheme_name_is_a_preset():
-    assert as_config("w3a16_g32_asym") == QuantConfig(scheme="w3a16_g32_asym")
+@pytest.mark.parametrize("name", ["w3a16_g32_asym", "w8a8_static", "w4a8_clip", "wfp8afp8", "wnvfp4a16", "wmxfp4a16"])
+def test_a_scheme_name_is_a_preset(name):
+    assert as_config(name) == QuantConfig(scheme=name)
+
+
+def test_names_of_small_floats_mean_weights_and_activations():
+    schemes = {name: Scheme.parse(as_config(name).scheme) for name in ("fp8", "fp8_static", "fp8_block", "nvfp4")}
+    assert all(scheme.activation is not None for scheme in schemes.values())
+    assert schemes["fp8_static"].activation.params == ("input_scale",)
+    assert schemes["fp8_block"].weight.block == (128, 128)
+    assert schemes["fp8_block"].activation.group_size == 128
 
 
 FULL = {

@@ -19,8 +19,8 @@ class Method(Protocol):
         """Raise ConfigError for an option that does not exist or has a wrong value."""
         ...
 
-    def refuses(self, scheme: Scheme) -> str:
-        """Why this method cannot make such weights; "" when it can."""
+    def refuses(self, scheme: Scheme, options: dict[str, object]) -> str:
+        """Why this method cannot make such weights with such options; "" when it can."""
         ...
 
     def needs(self, scheme: Scheme, options: dict[str, object]) -> Needs:

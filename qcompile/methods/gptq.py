@@ -45,7 +45,7 @@ class GPTQ:
             elif value not in _CHOICES[key]:
                 raise ConfigError(f"option {key!r} of method 'gptq' must be one of {_CHOICES[key]}, not {value!r}")
 
-    def refuses(self, scheme: Scheme) -> str:
+    def refuses(self, scheme: Scheme, options: dict[str, object]) -> str:
         """Only integers are rounded by this method."""
         return "" if scheme.weight.number == "int" else f"it rounds to integers, not to {scheme.weight.number}"
 
