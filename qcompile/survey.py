@@ -127,10 +127,15 @@ class Survey:
             layout, projection = self.of_experts[name]
             module = self.model.get_submodule(layout.name)
             without |= {(id(owner), key) for owner, key in slots(module, layout, projection, "weight")}
-            own = layout.arithmetic.biases[-1:] if projection else layout.arithmetic.biases[:-1]
-            if weight is not None and not all(f"{layout.name}.{bias}" in self.folder.headers for bias in own):
+            if weight is not None and not self._has_fused_bias(weight):
                 without |= {(id(owner), key) for owner, key in slots(module, layout, projection, "bias")}
         return skeleton.slots(self.model, without)
+
+    def _has_fused_bias(self, weight: parts.StoredWeight) -> bool:
+        """Whether the biases of all experts are stored in one tensor, as the model holds them."""
+        layout, projection = self.of_experts[weight.site.name]
+        own = () if layout.listed else layout.arithmetic.biases
+        return any(f"{layout.name}.{bias}" in self.folder.headers for bias in (own[-1:] if projection else own[:-1]))
 
     # ------------------------------------------------------------------------------------------------------------ names
 
@@ -165,6 +170,10 @@ class Survey:
         unknown = headers.keys() - consumed - wanted.keys()
         stored_linears = [name for weight in self.weights.values() for name in weight.stored]
         self.extra_biases = {name for linear in stored_linears if (name := f"{linear}.bias") in unknown}
+        for weight in self.weights.values():
+            if weight.site.kind == "experts" and weight.site.has_bias and not self._has_fused_bias(weight):
+                names = [f"{name}.bias" for name, stored in weight.stored.items() if not stored.owns_bias]
+                missing += [name for name in names if name not in self.extra_biases]
         unknown -= self.extra_biases
         ignored = {name for name in unknown if any(pattern.search(name) for pattern in patterns)}
         problems = [f"missing: {shortened(missing)}"] if missing else []
@@ -305,7 +314,7 @@ class Survey:
 
         AutoGPTQ writes zeros for Linears without a bias; those are left out.
         """
-        if loaded is not None and not loaded.is_meta:
+        if not any(stored.owns_bias or f"{name}.bias" in self.extra_biases for name, stored in weight.stored.items()):
             return loaded
         rows = [[self._stored_bias(weight.stored[piece.name]) for piece in own] for own in weight.pieces]
         if all(bias is None or not bias.any() for own in rows for bias in own) and not weight.site.has_bias:
