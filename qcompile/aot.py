@@ -13,8 +13,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from . import plugins
-from .errors import TraceError
-from .modules import QuantLinear
+from .errors import TraceError, UnsupportedError
+from .modules import QuantLinear, quantized_modules
 from .ops import find_kernel
 from .sites import plain_name
 from .trace import bind, example_input_ids, input_dims
@@ -31,6 +31,7 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
 
     from .passes.lower import Lower
 
+    _refuse_devices_without_inductor(model)
     bound = bind(graph, model)
     _use_portable_kernels(bound, model)
     record = run_pass(Lower(), bound)
@@ -48,6 +49,17 @@ def package(graph: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...
         written = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder) / path.name))
         os.replace(written, path)
     return path
+
+
+def _refuse_devices_without_inductor(model: nn.Module) -> None:
+    """UnsupportedError for a model whose kernels belong to a device that runs graphs with something else."""
+    for name, module in quantized_modules(model).items():
+        backend = module.kernel.partition(".")[0]
+        if hasattr(plugins.find("backends", backend), "finish"):
+            raise UnsupportedError(
+                f"a package is compiled by Inductor, which has no {backend}, where {name} is: "
+                "torch.compile(model, backend='qcompile') runs it there"
+            )
 
 
 def _use_portable_kernels(bound: GraphModule, model: nn.Module) -> None:
