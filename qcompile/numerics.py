@@ -373,7 +373,7 @@ def signed_codes(codes: Tensor) -> Tensor:
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """int8 [..., 8 n] with numbers of -8 to 7 as int4 words int32 [..., n]: number i of eight in bits 4 i to 4 i + 3."""
+    """int8 [..., 8 n], numbers of -8 to 7, as int32 [..., n]: number i of each eight in the bits 4 i to 4 i + 3."""
     low, high = values[..., 0::2] & 15, values[..., 1::2] << 4
     return (low | high).contiguous().view(torch.int32)
 

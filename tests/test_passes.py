@@ -146,7 +146,8 @@ def _to_double(module: GraphModule) -> None:
 class TestContracts:
     def test_an_exact_pass_that_changes_numbers_is_caught_on_the_probe(self):
         x = torch.randn(4)
-        with pytest.raises(PassError, match=r"faulty promises numerics 'exact', but the output mul_tensor changed on the probe, by 1"):
+        message = "faulty promises numerics 'exact', but the output mul_tensor changed on the probe, by 1"
+        with pytest.raises(PassError, match=message):
             run_pass(_Faulty(_double_last), traced(torch.sin, x), (x,))
 
     def test_a_changed_dtype_is_caught_without_a_probe(self):
