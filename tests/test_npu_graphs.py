@@ -202,3 +202,8 @@ def test_a_saved_model_is_the_same_after_it_was_on_the_npu(tmp_path):
     expected = logits(model)
     loaded = qcompile.load(qcompile.save(model, tmp_path / "model"))
     assert torch.equal(logits(loaded), expected)
+
+
+def test_nothing_is_packaged_ahead_of_time(tmp_path):
+    with pytest.raises(qcompile.UnsupportedError, match=r"compiled by Inductor, which has no cpu, where model\.layers"):
+        qcompile.export(quantized("qwen3", "w8a8"), tmp_path / "model.pt2")
