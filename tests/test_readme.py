@@ -11,6 +11,7 @@ import yaml
 import qcompile
 from qcompile.cli import app
 from qcompile.config import as_config
+from qcompile.types import Scheme
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -45,3 +46,13 @@ def test_the_commands_exist_with_their_options():
         seen.add(name)
         commands[name].make_context(name, arguments)  # parses, and runs nothing
     assert seen == {"demo", "inspect", "quantize", "generate", "eval"}
+
+
+def test_the_schemes_exist_and_have_those_kernels():
+    rows = re.findall(r"^\| (`w\d.*|`w[a-z].*) \| .* \| .* \| `(\w+)` \|$", README, re.MULTILINE)
+    names = [(name, kernel) for cell, kernel in rows for name in re.findall(r"`(w[^`]+)`", cell)]
+    assert len(names) > 12
+    for name, kernel in names:
+        scheme = Scheme.parse(name)
+        assert kernel in ("native", "reference")
+        assert (scheme.weight.number == "int") == (kernel == "native")
