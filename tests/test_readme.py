@@ -27,7 +27,7 @@ def test_the_configuration_is_one():
 
 
 def test_the_story_uses_what_is_public():
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))
     used = {
         node.attr
         for node in ast.walk(ast.parse(code))
@@ -45,7 +45,7 @@ def test_the_commands_exist_with_their_options():
         _, name, *arguments = shlex.split(line, comments=True)
         seen.add(name)
         commands[name].make_context(name, arguments)  # parses, and runs nothing
-    assert seen == {"demo", "inspect", "quantize", "generate", "eval"}
+    assert seen == {"demo", "inspect", "quantize", "convert", "generate", "eval"}
 
 
 def test_the_schemes_exist_and_have_those_kernels():
