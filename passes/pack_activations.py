@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import fused_ops  # noqa: F401  (registers quantize_words)
 from ..ops import FLOAT, activation_of, find_kernel
 from .base import Edit, Result, apply_rules, described, semantic_name
 from .matching import RESHAPES, op, shape_of, value
