@@ -103,9 +103,11 @@ def quantize_weight(
     observer: "minmax" takes the range of each group, "mse" searches scales from 100 % down to 70 % of that (mx formats:
     twice and half of it) for the least squared error. The weight must be finite; asymmetric codes can stand for up to
     half a step more than its largest element, which float16 scales cannot express above some 30 000. Rows are worked
-    on in chunks, so temporaries stay small.
+    on in chunks, so temporaries stay small. UnsupportedError for an observer or for codes that ``scheme`` cannot have.
     """
     weight_type = scheme.weight
+    if observer not in ("minmax", "mse") or codes not in ("full", "narrow"):
+        raise UnsupportedError(f"there is no observer {observer!r} with codes {codes!r}")
     if codes == "narrow" and not (weight_type.number == "int" and weight_type.symmetric):
         raise UnsupportedError(f"narrow codes are those of symmetric integers; {scheme} has none")
     if observer == "mse" and weight_type.per_tensor:
@@ -160,7 +162,9 @@ def _groups(weight: Tensor, weight_type: WeightType) -> Tensor:
     """Float weights [out, in] as float32 [scale rows, groups, weights of one]; short groups are padded with zeros."""
     height, width = _group_shape(weight_type, weight.shape[1])
     columns = split_groups(weight.float(), width)
-    return F.pad(columns, (0, 0, 0, 0, 0, -len(weight) % height)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+    if len(weight) % height:
+        columns = F.pad(columns, (0, 0, 0, 0, 0, -len(weight) % height))
+    return columns.unflatten(0, (-(-len(weight) // height), height)).transpose(1, 2).flatten(2)
 
 
 def _ungroup(codes: Tensor, weight_type: WeightType, out: int, inn: int) -> Tensor:

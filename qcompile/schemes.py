@@ -43,8 +43,7 @@ class WeightType:
     per_tensor: bool = False
 
     def __post_init__(self) -> None:
-        if self.number != "int" and self.number not in BITS:
-            raise ConfigError(f"weights are integers or one of {', '.join(BITS)}, not {self.number!r}")
+        _check_number("weights", self.number, self.bits)
         if self.number == "int" and self.bits not in range(2, 9):
             raise ConfigError(f"weight bits must be 2 to 8, not {self.bits}")
         if self.group_size is not None and self.group_size < 1:
@@ -60,6 +59,8 @@ class WeightType:
             raise ConfigError(f"{self.number} weights have groups of {fixed}, and the name of the scheme says no other")
         if (self.block or self.per_tensor) and self.number != "fp8":
             raise ConfigError("scales per block or per tensor go with fp8 weights")
+        if (self.group_size is not None) + (self.block is not None) + self.per_tensor > 1:
+            raise ConfigError("a weight has one scale per group, per block or for the whole tensor: one of the three")
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of ``in_features`` weights; the last one may be short."""
@@ -91,12 +92,16 @@ class ActivationType:
     clip: bool = False
 
     def __post_init__(self) -> None:
+        _check_number("activations", self.number, self.bits)
         if self.number == "int" and self.bits not in (4, 8):
             raise ConfigError(f"activation bits must be 4 or 8 (or 16 for float activations), not {self.bits}")
         if self.number != "int" and not self.symmetric:
             raise ConfigError(f"{self.number} activations have no zero points")
-        if not self.dynamic and self.group_size:
-            raise ConfigError("static activation scales are per tensor")
+        if self.group_size and (self.number == "int" or not self.dynamic):
+            kind = "integer" if self.number == "int" else "static"
+            raise ConfigError(f"{kind} activations have no groups of columns with a scale of their own")
+        if self.number in GROUPS and (self.group_size != GROUPS[self.number] or not self.dynamic):
+            raise ConfigError(f"{self.number} activations have dynamic scales of {GROUPS[self.number]} columns")
         if not self.dynamic and self.bits == 4 and self.number == "int":
             raise ConfigError("4-bit activations are dynamic: one scale for all tokens would leave nothing of them")
         if self.clip and not (self.dynamic and self.symmetric and self.number == "int"):
@@ -137,6 +142,13 @@ class ActivationType:
         if self.number == "int" and self.symmetric != self.dynamic:
             text = f"_{'dynamic' if self.dynamic else 'static'}_{'sym' if self.symmetric else 'asym'}"
         return text + ("_clip" if self.clip else "")
+
+
+def _check_number(what: str, number: str, bits: int) -> None:
+    if number != "int" and number not in BITS:
+        raise ConfigError(f"{what} are integers or one of {', '.join(BITS)}, not {number!r}")
+    if number in BITS and bits != BITS[number]:
+        raise ConfigError(f"{number} has {BITS[number]} bits, not {bits}")
 
 
 _NUMBER = r"\d+|fp8|nvfp4|mxfp4|mxfp8"

@@ -64,7 +64,7 @@ class PackedWeight:
     codes        uint8 [out, ceil(in * bits / 8)]: unsigned codes (of small floats: their bits), a little-endian bit
                  stream along ``in``
     scales       float [out, groups]; [ceil(out / rows), ceil(in / columns)] of blocks; [1, 1] per tensor. May be
-                 negative or zero
+                 negative or zero. Those of nvfp4 are float8_e4m3fn, of the mx formats float8_e8m0fnu
     zeros        uint8 [out, groups], or None for symmetric weights (zero point 2 ** (bits - 1))
     permutation  int32 [in] or None: stored column j is input feature permutation[j]; groups are of stored columns
     outer        float32 [1], by which nvfp4 divides its scales; None for every other type

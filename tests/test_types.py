@@ -95,6 +95,32 @@ def test_a_wrong_scheme_is_explained(name, message):
         Scheme.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            WeightType,
+            {"bits": 8, "number": "fp6"},
+            "weights are integers or one of fp8, nvfp4, mxfp4, mxfp8, not 'fp6'",
+        ),
+        (WeightType, {"bits": 4, "number": "fp8"}, "fp8 has 8 bits, not 4"),
+        (WeightType, {"bits": 8, "number": "fp8", "block": (8, 8), "group_size": 8}, "one of the three"),
+        (WeightType, {"bits": 8, "number": "fp8", "per_tensor": True, "group_size": 8}, "one of the three"),
+        (ActivationType, {"bits": 8, "number": "fp6"}, "activations are integers or one of"),
+        (ActivationType, {"bits": 8, "group_size": 128}, "integer activations have no groups of columns"),
+        (
+            ActivationType,
+            {"bits": 8, "number": "fp8", "dynamic": False, "group_size": 128},
+            "static activations have no",
+        ),
+        (ActivationType, {"bits": 4, "number": "nvfp4"}, "nvfp4 activations have dynamic scales of 16 columns"),
+    ],
+)
+def test_numbers_that_do_not_exist_cannot_be_made(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)
+
+
 def test_every_error_is_of_one_tree():
     with pytest.raises(QcompileError):
         Scheme.parse("nonsense")
