@@ -31,6 +31,7 @@ from .modules import (
     state_of,
 )
 from .planning import find_backend, make_plan
+from .resume import ResumeFolder, digest, sample
 from .sites import first_names, module_name, walk_sites
 from .trace import attribute, trace
 from .types import PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
@@ -69,6 +70,7 @@ def quantize(
     sequence: int | None = None,
     rare_experts: str = "error",
     expert_tokens: int = 16,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place and return it: the same class, with QuantLinear at the names of its Linears.
@@ -85,6 +87,9 @@ def quantize(
     rare_experts: what happens to an expert that sees fewer than ``expert_tokens`` tokens of it: "error"; "all_tokens",
     every expert sees every token (experts / k times the work); or "rtn", it is rounded to nearest, its static scale is
     that of the others.
+
+    resume: a folder that keeps what is done after each part of the calibration. When a run was interrupted, load the
+    float model again and call this with the same arguments: it goes on where it was, with the same result.
 
     In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
     read; with data decoder block by decoder block), then rewrite the exported graph alike and hold both to the plan.
@@ -106,10 +111,12 @@ def quantize(
         decided = make_plan(settings, sites, device, _other_bytes(model, sites))
     inputs, notes = _calibration_inputs(model, decided, graph, example_inputs, data, tokenizer, samples, sequence)
     _check_weights(model, decided, experts)
+    folder, unused = _resume_folder(resume, model, decided, inputs, rare)
+    notes += unused
 
     fuse(model, _affected(experts, decided))
     calibration = Calibration(
-        model, decided, graph, example_inputs, inputs, rare,
+        model, decided, graph, example_inputs, inputs, rare, folder,
         weight_of=lambda planned: _float_module(model, planned).weight.detach(),
         install=lambda planned, packed: _quantize_site(model, planned, packed),
     )  # fmt: skip
@@ -286,11 +293,28 @@ def _calibration_inputs(
         unused = "data was not read: no scheme and no method of this plan is calibrated"
         return [], () if data is None else (unused,)
     if data is None:
-        refuse_without_data(plan, "Pass data=, for example some hundred texts like those that the model will see.")
+        refuse_without_data(plan, "Pass data= (--data FILE): some hundred texts like those that the model will see.")
     inputs = calibration_inputs(
         model, data, tokenizer=tokenizer, samples=samples, sequence=sequence, graph=graph, example_inputs=example_inputs
     )
     return inputs, (described(inputs),)
+
+
+def _resume_folder(
+    path: str | Path | None, model: nn.Module, plan: Plan, inputs: list[tuple[Any, ...]], rare: RareExperts
+) -> tuple[ResumeFolder | None, tuple[str, ...]]:
+    """The folder of a run that is described by all that its result depends on; a note where it is not needed."""
+    if path is None:
+        return None, ()
+    if not inputs:
+        return None, ("nothing was kept for resuming: no scheme and no method of this plan is calibrated",)
+    run = {
+        "plan": digest([(p.site.name, str(p.scheme), p.method, p.options, p.kernel) for p in plan]),
+        "data": digest([inputs]),
+        "model": digest([(name, list(tensor.shape), sample(tensor)) for name, tensor in model.named_parameters()]),
+        "choice for rare experts": digest([repr(rare)]),
+    }
+    return ResumeFolder(path, run), ()
 
 
 def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:

@@ -21,6 +21,7 @@ from . import plugins
 from .errors import CalibrationError, ConfigError
 from .observers import Needs, Statistics, activation_needs, search_clip, static_parameters
 from .progress import progress_bar
+from .resume import ResumeFolder
 from .segments import Runner, Segment, Segments, WholeModel
 from .trace import as_called
 from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
@@ -81,7 +82,8 @@ class Calibration:
 
     graph: the traced model, or None to run the model as it is, as one part; then ``example_inputs`` says whether it is
     run on token ids (None) or on its positional inputs. inputs: one tuple per pass, of ``calibration_inputs``.
-    weight_of gives the float weight of a site, install replaces it. Afterwards ``notes`` tell what experts saw.
+    folder: keeps what is done, and may hold parts of this run already. weight_of gives the float weight of a site,
+    install replaces it. Afterwards ``notes`` tell what experts saw.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Calibration:
         example_inputs: tuple[Any, ...] | None,
         inputs: Sequence[tuple[Any, ...]],
         rare: RareExperts,
+        folder: ResumeFolder | None,
         weight_of: Callable[[PlannedSite], Tensor],
         install: Install,
     ) -> None:
-        self.plan, self.inputs, self.rare, self.weight_of, self.install = plan, inputs, rare, weight_of, install
+        self.plan, self.inputs, self.rare, self.folder = plan, inputs, rare, folder
+        self.weight_of, self.install = weight_of, install
         self.needs = plan_needs(plan)
         self.sequential = any(needs.sequential for needs in self.needs.values())
         names, all_tokens = [p.site.name for p in plan.quantized], rare.choice == "all_tokens"
@@ -110,28 +114,61 @@ class Calibration:
     def run(self, progress: bool | None = None) -> dict[str, SiteResult]:
         """Quantize every planned site; results by name. CalibrationError names block and site of unusable inputs."""
         work = [(part, self._groups(part)) for part in self._parts()]
-        passes = sum(len(groups) + 1 if self.sequential else 1 for _, groups in work)
-        results: dict[str, SiteResult] = {}
-        states = [self.runner.start(inputs) for inputs in self.inputs]
-        steps = len(self.plan.quantized) + passes * len(states)
+        done = self.folder.done if self.folder else 0
+        results = self._restored([part for part, _ in work[:done]])
+        states = self._states(done)
+        passes = sum(len(groups) + 1 if self.sequential else 1 for _, groups in work[done:])
+        steps = len(self.plan.quantized) - len(results) + passes * len(states)
         with progress_bar("quantizing", steps, progress) as advance:
 
-            def quantize(sites: Iterable[str], seen: Mapping[str, Seen]) -> None:
+            def quantize(sites: Iterable[str], seen: Mapping[str, Seen]) -> dict[str, PackedWeight]:
+                made: dict[str, PackedWeight] = {}
                 for site in sites:
-                    results[site] = self._quantize(self.plan[site], seen)
+                    packed = self._packed(self.plan[site], seen)
+                    results[site] = self.install(self.plan[site], packed)
+                    made |= {site: packed} if packed is not None else {}
                     advance(site)
+                return made
 
-            for part, groups in work:
+            for part, groups in work[done:]:
+                made: dict[str, PackedWeight] = {}
                 if self.sequential:
                     for sites in groups:
-                        quantize(sites, self._collect(part, [sites], states, advance))
+                        made |= quantize(sites, self._collect(part, [sites], states, advance))
                     for index, values in enumerate(states):
                         states[index] = self.runner.run(part, values)
                         advance(part.name)
                 else:
-                    quantize(part.sites, self._collect(part, groups, states, advance))
+                    made = quantize(part.sites, self._collect(part, groups, states, advance))
+                if self.folder:
+                    counts = {site: self._counts[site] for site in part.sites if site in self._counts}
+                    after = [] if part is work[-1][0] else [self.runner.dump(values) for values in states]
+                    self.folder.save(made, counts, after)
             quantize([p.site.name for p in self.plan.quantized if p.site.name not in results], {})
         return results
+
+    def _restored(self, parts: Sequence[Segment]) -> dict[str, SiteResult]:
+        """Install what the folder has of these parts; what needed no data is quantized again."""
+        results = {}
+        for index, part in enumerate(parts):
+            assert self.folder is not None
+            packed, counts = self.folder.packed(index, [self.plan[site] for site in part.sites])
+            self._counts |= counts
+            for site in part.sites:
+                own = packed.get(site)
+                if own is not None and own.input_scale is not None and self.plan[site].site.kind == "linear":
+                    shared = self._parameters.setdefault(_reader(self.plan[site]), own.activation_tensors())
+                    own = dataclasses.replace(own, **shared)  # type: ignore[arg-type]
+                results[site] = self.install(self.plan[site], own)
+        return results
+
+    def _states(self, done: int) -> list[Any]:
+        """What the first part that is not done begins with, for each set of inputs."""
+        if not done:
+            return [self.runner.start(inputs) for inputs in self.inputs]
+        assert self.folder is not None
+        device = next((x.device for x in self.inputs[0] if isinstance(x, Tensor)), torch.device("cpu"))
+        return [self.runner.load(dumped) for dumped in self.folder.inputs(device)]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -215,35 +252,37 @@ class Calibration:
                     "nearest); expert_tokens= says how many are enough"
                 )
 
-    def _quantize(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> SiteResult:
+    def _packed(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> PackedWeight | None:
+        """The quantized weight of a site, or None if nothing was seen of its inputs."""
         if planned.site.name not in seen:
-            return self.install(planned, None)
+            return None
         weight, own = self.weight_of(planned), seen[planned.site.name]
         if planned.site.kind == "linear":
-            packed = _pack(planned, weight, own[0], self._static(planned, seen))
-        else:
-            enough = [statistics.count >= self.rare.tokens for statistics in own]
-            others = _static(planned, [s for s, is_enough in zip(own, enough, strict=True) if is_enough])
-            packed = PackedWeight.of_experts(
-                [
-                    _pack(planned, weight[e], own[e], _static(planned, [own[e]]))
-                    if enough[e]
-                    else _pack(planned, weight[e], None, others)
-                    for e in range(len(own))
-                ]
-            )
-        del weight  # it is freed as soon as it is replaced
-        return self.install(planned, packed)
+            return _pack(planned, weight, own[0], self._static(planned, seen))
+        enough = [statistics.count >= self.rare.tokens for statistics in own]
+        others = _static(planned, [s for s, is_enough in zip(own, enough, strict=True) if is_enough])
+        return PackedWeight.of_experts(
+            [
+                _pack(planned, weight[e], own[e], _static(planned, [own[e]]))
+                if enough[e]
+                else _pack(planned, weight[e], None, others)
+                for e in range(len(own))
+            ]
+        )
 
     def _static(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
         """Stored parameters of a Linear's activations: the same tensors for all sites that read the same tensor."""
-        label, scheme = planned.site.inputs, planned.scheme
-        key = (label or planned.site.name, str(scheme.activation if scheme else None))
+        key = _reader(planned)
         if key not in self._parameters:
-            alike = {p.site.name for p in self.plan.quantized if label and p.site.inputs == label} | {planned.site.name}
+            alike = {p.site.name for p in self.plan.quantized if _reader(p) == key}
             ranges = [found[0] for site, found in seen.items() if site in alike and len(found) == 1]
             self._parameters[key] = _static(planned, ranges)
         return self._parameters[key]
+
+
+def _reader(planned: PlannedSite) -> tuple[str, str]:
+    """What a site reads, and as which numbers: equal for sites that can share the quantized activations."""
+    return planned.site.inputs or planned.site.name, str(planned.scheme.activation if planned.scheme else None)
 
 
 def _static(planned: PlannedSite, seen: Sequence[Statistics]) -> dict[str, Tensor]:

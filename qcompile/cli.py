@@ -149,6 +149,12 @@ def quantize(
     sequence: Annotated[
         int | None, typer.Option(min=1, help="Tokens per sequence (default: 512, or all that the model can take).")
     ] = None,
+    rare_experts: Annotated[
+        str, typer.Option(help="For experts that see too few tokens of the data: error, all_tokens or rtn.")
+    ] = "error",
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder that keeps a calibration's progress; a second run goes on from it.")
+    ] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     report: Annotated[Path | None, typer.Option(help="Also write the report as an HTML page.")] = None,
@@ -170,7 +176,10 @@ def quantize(
 
     texts = read_data(data) if data else None
     model = qcompile.load(path, device=device)
-    qcompile.quantize(model, settings, device=device, data=texts, samples=samples, sequence=sequence)
+    qcompile.quantize(
+        model, settings, device=device, data=texts, samples=samples, sequence=sequence, rare_experts=rare_experts,
+        resume=resume,
+    )  # fmt: skip
     facts = qcompile.report(model)
     qcompile.save(model, out, overwrite=overwrite)
     if report:

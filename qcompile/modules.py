@@ -157,7 +157,7 @@ class QuantExperts(nn.Module):
             parts = torch.ops.qcompile.quantize(x, [], str(kind))
         k = top_k_index.shape[-1]
         routed = (parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k))
-        return torch.ops.qcompile.quant_experts(*routed, *self._projections(), x.dtype).view(hidden_states.shape)
+        return torch.ops.qcompile.quant_experts(*routed, *self._projections(x.dtype)).view(hidden_states.shape)
 
     def observed(self, x: Tensor, ids: Tensor, routing: Tensor, seen: Callable[[int, Tensor, Tensor], None]) -> Tensor:
         """``forward`` of x [tokens, hidden] that shows what the products read, sorted by expert.
@@ -165,14 +165,14 @@ class QuantExperts(nn.Module):
         ``seen(projection, rows, ends)``: of projection 0, up, or 1, down; the rows of expert e end at ``ends[e]``, and
         are float if that projection is.
         """
-        return ops.compute_experts([x], ids, routing, *self._projections(), x.dtype, seen=seen)
+        return ops.compute_experts([x], ids, routing, *self._projections(x.dtype), seen=seen)  # type: ignore[misc]
 
-    def _projections(self) -> tuple[Any, ...]:
+    def _projections(self, dtype: torch.dtype) -> tuple[Any, ...]:
         up, down = self.up, self.down
         return (
             up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),
             f"{_scheme(up)}|{_scheme(down)}", f"{up.kernel}|{down.kernel}", self.activation,
-            [up.shape[0], up.in_features, down.in_features],
+            [up.shape[0], up.in_features, down.in_features], dtype,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -74,6 +74,14 @@ class Runner(Protocol):
         """Observe what the sites of a part read, as ``run`` does, and hand nothing on."""
         ...
 
+    def dump(self, values: Any) -> dict[str, Any]:
+        """``values`` under names that another process knows, for ``load``."""
+        ...
+
+    def load(self, dumped: dict[str, Any]) -> Any:
+        """Inverse of ``dump``."""
+        ...
+
 
 class Segments:
     """The parts of ``graph`` that compute ``sites`` (names), over the modules and tensors of ``model`` as they are now.
@@ -115,7 +123,9 @@ class Segments:
 
     def run(self, part: Segment, values: Values, observe: Observer | None = None) -> Values:
         """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``."""
-        return self._run(part, part.nodes, frozenset(part.nodes), values, observe)
+        after = self._run(part, part.nodes, frozenset(part.nodes), values, observe)
+        # as they would be read from a file: strides can decide the last bits of what is computed
+        return {node: value.contiguous() if isinstance(value, Tensor) else value for node, value in after.items()}
 
     def look(self, part: Segment, values: Values, observe: Observer) -> None:
         """Observe what the sites of a part read, and compute nothing else."""
@@ -127,6 +137,15 @@ class Segments:
                 computed |= {node, *node.all_input_nodes}
         nodes = [node for node in part.nodes if node in computed or node in part.calls]
         self._run(part, nodes, computed, values, observe)
+
+    def dump(self, values: Values) -> dict[str, Any]:
+        """``values`` by the names of their nodes."""
+        return {node.name: value for node, value in values.items()}
+
+    def load(self, dumped: dict[str, Any]) -> Values:
+        """Inverse of ``dump``."""
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        return {nodes[name]: value for name, value in dumped.items()}
 
     @torch.no_grad()
     def _run(
@@ -203,6 +222,14 @@ class WholeModel:
             for module, mode in training.items():
                 module.training = mode
         return values
+
+    def dump(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """Nothing: no part comes after the only one."""
+        return {}
+
+    def load(self, dumped: dict[str, Any]) -> tuple[Any, ...]:
+        """Inverse of ``dump``."""
+        return ()
 
     def _show(self, module: nn.Module, inputs: tuple[Any, ...], *, observe: Observer) -> None:
         show(module, self.calls[module], inputs, observe, self.all_tokens)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qcompile.passes.share_activation_quant import ShareActivationQuant
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import qcompile
 from qcompile.errors import CalibrationError
@@ -344,6 +345,26 @@ class TestOrder:
         quantize(model, "w4a16", data=data, sequence=24)
         for planned, statistics in zip(qcompile.report(model).plan.quantized, seen, strict=True):
             assert torch.equal(statistics.rows, floats[planned.site.name].flatten(0, 1))
+
+    @pytest.mark.parametrize("method", ["rtn", "gptq"])
+    def test_float_weights_of_finished_parts_are_gone(self, method, monkeypatch):
+        model = tiny_model()
+        references = {
+            f"model.{name}".removesuffix(".weight"): StorageWeakRef(parameter.untyped_storage())
+            for name, parameter in model.model.named_parameters()
+            if name.endswith("proj.weight")
+        }
+        seen, original = [], Segments._run
+
+        def run(self, part, nodes, computed, values, observe):
+            done = [site for earlier in self.parts[: self.parts.index(part)] for site in earlier.sites]
+            seen.append((len(done), [site for site in done if not references[site].expired()]))
+            return original(self, part, nodes, computed, values, observe)
+
+        monkeypatch.setattr(Segments, "_run", run)
+        quantize(model, {"scheme": "w8a8_static", "method": method}, data=ids(), sequence=24)
+        assert {alive == [] for _, alive in seen} == {True}
+        assert max(count for count, _ in seen) == (13 if method == "gptq" else 7)
 
     def test_codes_are_the_same_with_any_number_of_threads(self):
         threads, results = torch.get_num_threads(), []

@@ -134,6 +134,24 @@ class TestQuantize:
         assert facts["path"] == str(tmp_path / "out")
         assert page.read_text().startswith("<!doctype html>")
 
+    def test_calibrates_on_a_file_and_resumes(self, folder, tmp_path):
+        arguments = ("--config", "gptq", "--data", folder / "heldout.safetensors", "--samples", 2, "--sequence", 64)
+        results = [
+            invoke("quantize", folder, tmp_path / name, *arguments, "--resume", tmp_path / "state", "--json")
+            for name in ("first", "second")
+        ]
+        for result in results:
+            facts = json.loads(result.stdout)
+            assert facts["sites_quantized"] == 14
+            assert facts["notes"][0] == "calibrated on 2 sequences of 64 tokens"
+        files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+        assert files[0] == files[1]
+
+    def test_says_that_data_is_missing(self, folder, tmp_path):
+        result = invoke("quantize", folder, tmp_path / "out", "--config", "w8a8_static")
+        assert result.exit_code == 1
+        assert "Pass data=" in str(result.exception)
+
     def test_refuses_an_existing_folder_before_any_work(self, tmp_path):
         (tmp_path / "out").mkdir()
         result = invoke("quantize", tmp_path / "no-model", tmp_path / "out")
