@@ -60,7 +60,7 @@ def with_value(value: float) -> nn.Module:
         ("w4a16_g-32", "group size must be positive, not -32"),
         ("w1a16", "weight bits must be 2 to 8, not 1"),
         ("w9a16", "weight bits must be 2 to 8, not 9"),
-        ("w8a4", "activation bits must be 8"),
+        ("w8a3", "activation bits must be 4 or 8"),
         ({"schema": "w8a16"}, "unknown option 'schema'. Did you mean 'scheme'?"),
         ({"options": {"observr": "mse"}}, "no option 'observr'"),
         ({"rules": [{"match": "frist", "scheme": "w8a16"}]}, "'frist' matches no site. Did you mean 'first'?"),

@@ -110,7 +110,7 @@ def test_compensation_makes_the_split_into_two_int4_exact(columns, experts):
     assert int(high.min()) >= -8
     assert int(low.min()) >= -8
     split = (16 * high.double() + low.double()) @ weight.transpose(1, 2) + bias.double()[:, None]
-    torch.testing.assert_close(split, x.double() @ weight.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split, x.double() @ weight.transpose(1, 2), rtol=1e-5, atol=1e-4)
 
 
 class LiveBytes(TorchDispatchMode):
