@@ -253,6 +253,7 @@ class GatedActivation:
             gate, up = gate.args[0], up.args[0]  # type: ignore[assignment]
         else:
             limit = None
+        limit = None if limit is None else float(limit)
         function = Gate(match.function.function, alpha=match.function.alpha, limit=limit, shift=shift)
         return _Gated(gate, up, function, match.last)
 
