@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ class Options(BaseModel):
     verify       what every pass is held to: "shapes" (default), or "numbers" to run the graph before and after as well
     npu_graph    what runs the graph on an NPU: "npugraph_ex", "aclgraph", "torchair" or "eager" (default: the first of
                  them that can be used)
+    nz           with config, on an NPU: store weights as FRACTAL_NZ where they allow it (default), or not
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -49,6 +50,7 @@ class Options(BaseModel):
     passes: tuple[Any, ...] = ()
     verify: Literal["shapes", "numbers"] = "shapes"
     npu_graph: str | None = None
+    nz: bool | None = None
 
 
 def backend(
@@ -62,17 +64,17 @@ def backend(
     from torch._inductor.compile_fx import compile_fx
 
     own, inductor = parse_options(mode, options)
-    if own.config is not None:
-        from .floats import quantize_float_graph
-
-        quantize_float_graph(module, example_inputs, own.config)
-    elif not own.allow_float:
-        _refuse_float(module)
     tensors = [x for x in example_inputs if isinstance(x, Tensor) and not hasattr(x, "fake_mode")]
     inputs = [*module.parameters(), *module.buffers(), *example_inputs]  # how AOTAutograd orders them
     compiler = _Inner(own, tensors, inputs if own.verify == "numbers" else None)
-    if own.npu_graph is not None and compiler.finish is None:
-        raise ConfigError(f"option 'npu_graph' is about NPUs, but this model is on {_device(tensors)}")
+    _refuse_options_of_other_devices(own, inductor, compiler, _device(tensors))
+    if own.config is not None:
+        from .floats import quantize_float_graph
+
+        with nullcontext() if own.nz is None else compiler.device.target(nz=own.nz):
+            quantize_float_graph(module, example_inputs, own.config)
+    elif not own.allow_float:
+        _refuse_float(module)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         if compiler.finish is not None:
             from torch._dynamo.backends.common import aot_autograd
@@ -111,7 +113,7 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
     mine = {name: given.pop(name) for name in Options.model_fields if name in given}
     if "config" in mine and mine["config"] is not None:
         mine["config"] = as_config(mine["config"])
-    for name in ("regions", "allow_float"):
+    for name in ("regions", "allow_float", "nz"):
         if name in mine and not isinstance(mine[name], bool):
             raise ConfigError(f"option {name!r} must be True or False, not {mine[name]!r}")
     if mine.get("verify", "shapes") not in ("shapes", "numbers"):
@@ -130,6 +132,20 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
             )
         patches[name] = value
     return Options(**mine), patches
+
+
+def _refuse_options_of_other_devices(own: Options, inductor: dict[str, Any], compiler: _Inner, device: str) -> None:
+    """ConfigError for options that would have no effect where this model is."""
+    for name in ("npu_graph", "nz"):
+        if getattr(own, name) is not None and compiler.finish is None:
+            raise ConfigError(f"option {name!r} is about NPUs, but this model is on {device}")
+    if own.nz is not None and own.config is None:
+        raise ConfigError(
+            "option 'nz' is about weights that are packed while compiling, with option 'config'; quantize or load this "
+            "model under qcompile.backends.npu.target(nz=...) instead"
+        )
+    if inductor and compiler.finish is not None:
+        raise ConfigError(f"{', '.join(inductor)} are settings of Inductor, which does not compile for {device}")
 
 
 def _refuse_float(module: GraphModule) -> None:
@@ -157,12 +173,16 @@ class _Inner:
     def __init__(self, options: Options, tensors: Sequence[Tensor], inputs: Sequence[Any] | None = None) -> None:
         self.options, self.tensors, self.inputs = options, tensors, inputs
         device = _device(tensors)
-        backend = plugins.find("backends", device) if device in plugins.names("backends") else None
-        self.finish = getattr(backend, "finish", None)
+        self.device = plugins.find("backends", device) if device in plugins.names("backends") else None
+        self.finish = getattr(self.device, "finish", None)
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any], **kwargs: Any):
+        from torch._inductor.decomposition import select_decomp_table
+
         started = time.perf_counter()
         records = self._run_passes(module)
+        # the graph is decomposed already; a table of our own would keep Inductor from caching what it compiles
+        kwargs |= {"get_decomp_fn": select_decomp_table} if "get_decomp_fn" in kwargs else {}
         if kwargs.get("is_backward"):
             raise PassError("quantized models are for inference: compile under torch.no_grad()")
         compiled, regions, distinct = self._compile(module, example_inputs, kwargs)

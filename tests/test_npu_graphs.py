@@ -37,7 +37,7 @@ LIMIT = {"w4a4": 0.5, "w4a8": 0.05}  # relative error of the logits: two layers 
 def npu_here(monkeypatch):
     """Let the CPU play the NPU."""
     define()
-    for name in ("kernels", "operations", "finish", "kernel"):
+    for name in ("kernels", "operations", "finish", "kernel", "target"):
         monkeypatch.setattr(CPU, name, getattr(NPU, name), raising=False)
     ops.find_kernel.cache_clear()
     yield
@@ -168,6 +168,17 @@ def test_a_float_model_is_quantized_while_it_is_compiled(lowered):
     actual = logits(torch.compile(model, backend="qcompile", options={"config": "w8a8"}))
     assert error_of_most_tokens(actual, logits(model)) < 0.2
     assert calls(lowered)["npu_quant_matmul"] == 7
+    assert {p.kernel for p in qcompile.report(model).plan.quantized} == {"cpu.int8_nz"}
+
+
+def test_weights_that_are_packed_while_compiling_may_keep_the_ordinary_layout():
+    model = tiny_model("qwen3", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="qcompile", options={"config": "w8a8", "nz": False})
+    logits(compiled)
+    assert {p.kernel for p in qcompile.report(model).plan.quantized} == {"cpu.int8"}
+    compiled = torch.compile(quantized("qwen3", "w8a8"), backend="qcompile", options={"nz": False})
+    with pytest.raises(Exception, match=r"'nz' is about weights that are packed while compiling.*npu.target\(nz="):
+        logits(compiled)
 
 
 # ------------------------------------------------------------------------------------------------------ what runs it
@@ -188,12 +199,20 @@ def test_what_runs_a_graph_must_be_there():
         logits(compiled)
 
 
-def test_graphs_of_other_devices_have_no_such_option(monkeypatch):
+def test_settings_of_inductor_are_none_of_an_npu():
+    compiled = torch.compile(quantized("qwen3", "w8a8"), backend="qcompile", options={"max_autotune": True})
+    with pytest.raises(Exception, match="max_autotune are settings of Inductor, which does not compile for cpu"):
+        logits(compiled)
+
+
+def test_graphs_of_other_devices_have_no_such_options(monkeypatch):
     model = quantized("qwen3", "w8a8")
     monkeypatch.delattr(CPU, "finish")
-    compiled = torch.compile(model, backend="qcompile", options={"npu_graph": "eager"})
-    with pytest.raises(Exception, match="option 'npu_graph' is about NPUs, but this model is on cpu"):
-        logits(compiled)
+    for option in ({"npu_graph": "eager"}, {"nz": False}):
+        compiled = torch.compile(model, backend="qcompile", options=option)
+        with pytest.raises(Exception, match=rf"option '{next(iter(option))}' is about NPUs, but this model is on cpu"):
+            logits(compiled)
+        torch._dynamo.reset()
 
 
 def test_a_saved_model_is_the_same_after_it_was_on_the_npu(tmp_path):

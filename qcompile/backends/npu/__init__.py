@@ -40,6 +40,8 @@ class NPU:
         "experts": FloatExperts(), **NORMS,
     }  # fmt: skip
 
+    target = staticmethod(target)
+
     def missing(self) -> str:
         """Which package is not installed, or that it sees no chip; "" when one can be used."""
         if missing := graphs.missing_package():

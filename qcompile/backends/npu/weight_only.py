@@ -31,6 +31,7 @@ class WeightOnly(NPUKernel):
     """
 
     stored_bits = 8
+    scales_like_input = True
 
     def computes(self, scheme: Scheme) -> bool:
         return self.can_express(scheme) and (scheme.weight.bits > 4) == (self.stored_bits == 8)
