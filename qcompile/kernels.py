@@ -27,6 +27,7 @@ class Kernel:
     name = "reference"
     kinds: tuple[str, ...] = ("linear", "experts")  # which sites it is for
     takes_words = False  # whether 4-bit activations may also come as words of eight (``numerics.pack_int4``)
+    scales_like_input = False  # whether scales must have the dtype of float activations, and are rounded to it
     portable = True  # whether torch alone can run its operations, as a package made ahead of time must be
 
     def computes(self, scheme: Scheme) -> bool:

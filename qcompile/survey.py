@@ -21,12 +21,13 @@ from .float_experts import fuse, projections, slots
 from .formats import Shape, StoredSite, TensorHeader
 from .kernels import Backend, choose
 from .modules import FloatWeight, module_of, quantized_modules, replace_module
+from .ops import find_kernel
 from .progress import progress_bar
 from .sites import walk_sites
 from .skeleton import Slot
 from .storage import CONFIG, DTYPES, Folder
 from .streaming import plan_stream, quantize_stored
-from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
+from .types import PackedWeight, Plan, PlannedSite, Site, SiteResult
 
 STORED = "stored"  # the method of a site that came from a checkpoint
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -214,7 +215,7 @@ class Survey:
                 continue
             reason = f"stored as {self.format.name}" + (f"; {why_not}" if why_not else "")
             name, size = f"{backend.name}.{kernel.name}", kernel.nbytes(site, weight.scheme)
-            if _takes_scales(name, weight.scheme):
+            if kernel.scales_like_input and not weight.scheme.activation:
                 kinds = {self.folder.headers[tensor].dtype for tensor in weight.tensors}
                 rounded.update(kind for kind in kinds.intersection(_FLOATS) if DTYPES[kind] != site.dtype)
             planned.append(PlannedSite(site, weight.scheme, reason, method=STORED, kernel=name, bytes_after=size))
@@ -342,22 +343,15 @@ def _main_dtype(folder: Folder) -> torch.dtype:
 
 
 def _fit(packed: PackedWeight, planned: PlannedSite) -> PackedWeight:
-    """Scales in the dtype of the activations, which fused weight-only kernels want.
-
-    The reference kernel multiplies in the scales' own dtype, as the checkpoint's author did; so it keeps them.
-    """
+    """Scales in the dtype of the activations, for kernels that have them so; others keep those of the checkpoint."""
     dtype = planned.site.dtype
-    if packed.scales.dtype == dtype or not _takes_scales(planned.kernel, packed.scheme):
+    takes_any = packed.scheme.activation or not find_kernel(planned.kernel).scales_like_input
+    if takes_any or packed.scales.dtype == dtype:
         return packed
     scales = packed.scales.to(dtype)
     if not torch.isfinite(scales).all():
         raise FormatError(f"scales of {planned.site.name} are too large for {dtype}; load with another dtype=")
     return dataclasses.replace(packed, scales=scales)
-
-
-def _takes_scales(kernel: str, scheme: Scheme) -> bool:
-    """Whether a kernel wants its scales in the dtype of the activations."""
-    return not scheme.activation and not kernel.endswith(".reference")
 
 
 def moved(packed: PackedWeight, device: str) -> PackedWeight:

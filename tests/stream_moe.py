@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qcompile
+from qcompile.memory import return_memory
 from qcompile.skeleton import slots, write_config
 from qcompile.storage import ShardWriter
 
@@ -71,6 +72,7 @@ def measure(folder: Path, size: str = "large", what: str = "stream") -> dict:
         names, options = ("warm", "float"), {"config": "w4a16_g128"}
     qcompile.load(folder / names[0], **options)  # imports code, starts threads, compiles kernels
     gc.collect()
+    return_memory()
     before, samples, done = resident(), [], threading.Event()
 
     def watch() -> None:

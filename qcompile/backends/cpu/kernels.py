@@ -44,6 +44,7 @@ class Int4Pack(Kernel):
     """
 
     name = "int4pack"
+    scales_like_input = True
     kinds = ("linear",)
 
     def computes(self, scheme: Scheme) -> bool:
@@ -137,6 +138,7 @@ class Int8Pack(Kernel):
     """
 
     name = "int8pack"
+    scales_like_input = True
     kinds = ("linear",)
 
     def computes(self, scheme: Scheme) -> bool:
