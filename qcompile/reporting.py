@@ -149,7 +149,7 @@ def rows(results: Sequence[SiteResult]) -> list[Row]:
         reason = planned.reason or site.obstacle
         key = (
             NUMBER.sub("#", site.name),
-            f"[{site.out_features}, {site.in_features}]",
+            str(list(site.shape)),
             str(planned.scheme) if planned.scheme else "",
             " ".join([planned.method, *(f"{key}={value}" for key, value in planned.options)]),
             planned.kernel,

@@ -37,6 +37,12 @@ def model_report(layers: int) -> Report:
     return Report("TestForCausalLM", plan, results, 1.5, (PassRecord("quantize_linear", "lossy", 3, 5, 5),), (graph,))
 
 
+def test_experts_show_how_many_they_are():
+    site = Site("layers.0.experts.down_proj", "experts", 64, 32, torch.bfloat16, kind="experts", experts=8)
+    planned = PlannedSite(site, Scheme.parse("w4a8_clip"), "", "rtn", kernel="cpu.native")
+    assert " [8, 64, 32] " in reporting.plan_text(Plan("cpu", (planned,)))
+
+
 class TestMergeNames:
     @pytest.mark.parametrize(
         ("names", "labels"),

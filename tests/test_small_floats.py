@@ -303,3 +303,24 @@ def test_nvfp4_and_fp8_weights_are_those_of_compressed_tensors():
         if outer is not None:
             assert torch.equal(ours.outer, outer)
         assert torch.equal(numerics.dequantize_packed(ours), theirs)
+
+
+@pytest.mark.parametrize(("name", "bits", "number"), [("mxfp4", 4, "wmxfp4a16"), ("mxfp8", 8, "wmxfp8a16")])
+def test_mx_weights_are_those_of_compressed_tensors_but_for_its_rounding_up(name, bits, number):
+    """It takes the next power of two for groups whose maximum is 1.75 of one or more; MX 1.0 never does."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+
+    weight = torch.randn(64, 96)
+    largest = weight.view(64, 3, 32).abs().amax(-1)
+    theirs = torch.exp2(generate_mx_scales(largest, bits) - 127)
+    args = quantization.QuantizationArgs(num_bits=bits, type="float", strategy="group", group_size=32, symmetric=True)
+    ours = numerics.quantize_weight(weight, Scheme.parse(number))
+    rounded_up = torch.frexp(largest)[0] >= 0.875
+    assert 0 < rounded_up.sum() < rounded_up.numel() / 2
+    assert torch.equal(ours.scales.float() * torch.where(rounded_up, 2, 1), theirs)
+    codes = quantize(weight, theirs, None, args)
+    expected = dequantize(codes.float(), theirs, None, args=args).view(64, 3, 32)
+    actual = numerics.dequantize_packed(ours).view(64, 3, 32)
+    assert torch.equal(actual[~rounded_up], expected[~rounded_up])
