@@ -7,7 +7,7 @@ by all later graphs of the same parameters; the caller's module keeps its float 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import numerics
 from .calibrate import refuse_without_data
 from .config import QuantConfig
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .modules import QuantWeight, quantize_site
 from .planning import make_plan
 from .records import remember_float
@@ -49,6 +49,7 @@ def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], con
     roles = find_roles(module)
     if not roles:
         return
+    _refuse_experts(roles, values)
     weights: dict[str, Tensor] = {}
     sites: dict[str, Site] = {}
     for node, role in roles.items():
@@ -73,6 +74,18 @@ def quantize_float_graph(module: GraphModule, example_inputs: Sequence[Any], con
     rewrite = QuantizeLinear(module_name, {p.site.name: p for p in plan.quantized}, tensors)
     record = run_pass(rewrite, module)
     _remember(plan, packed, record, weights, time.perf_counter() - started)
+
+
+def _refuse_experts(roles: Mapping[Node, str], values: Mapping[Node, Any]) -> None:
+    """UnsupportedError for stacked weights of which a router chooses: their experts must be found in the model."""
+    sources = [node.args[1] for node, role in roles.items() if role == "router"]
+    choices = {values[source].shape[0] for source in sources if isinstance(source, Node) and source in values}
+    for node, value in values.items():
+        if isinstance(value, nn.Parameter) and value.dim() == 3 and value.shape[0] in choices:
+            raise UnsupportedError(
+                f"{node.name} holds weights of {value.shape[0]} experts, which cannot be quantized while compiling: "
+                "call qcompile.quantize(model, config) first, and compile what it returns"
+            )
 
 
 def _add_weight(module: GraphModule, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,15 @@ def compile_pieces(
         steps.append((compiled[key], list(piece.inputs), piece.outputs))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     outputs, spec = pytree.tree_flatten(module.graph.output_node().args[0])
+    sizes = [node for node in outputs if isinstance(node, Node) and _is_size(node) and node.op != "placeholder"]
+    if sizes:  # such as the new length of a cache: no stage makes them, and there is nothing to compile
+        last = _piece(module, list(dict.fromkeys(sizes)), _EPILOGUE, {}, set(sizes))
+        steps.append((partial(_run, last.module), list(last.inputs), last.outputs))
     return _chain(steps, placeholders, outputs, spec), len(compiled)
+
+
+def _run(module: GraphModule, values: list[Any]) -> Sequence[Any]:
+    return module(*values)
 
 
 # ------------------------------------------------------------------------------------------------------------ cutting

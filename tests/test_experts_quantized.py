@@ -270,6 +270,12 @@ class TestBadWeights:
 
 
 class TestCompiled:
+    @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+    def test_experts_of_a_float_model_are_not_left_float_in_silence(self, family, fresh_dynamo):
+        compiled = torch.compile(tiny_moe(family), backend="qcompile", options={"config": "w8a16"})
+        with pytest.raises(Exception, match=r"holds weights of 8 experts, .* call qcompile\.quantize"):
+            logits(compiled)
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("family", "scheme"), [("qwen3_moe", "w8a8"), ("gpt_oss", "w4a16_g32"), ("llama4_text", "w8a16")]
@@ -279,7 +285,8 @@ class TestCompiled:
         compiled = torch.compile(model, backend="qcompile", fullgraph=True, dynamic=True)
         for shape in ((2, 12), (1, 1), (3, 7)):
             ids = torch.randint(3, 150, shape)
-            assert relative_error(logits(compiled, ids), logits(model, ids)) < 1e-5
+            # an activation halfway between two codes may be rounded either way
+            assert relative_error(logits(compiled, ids), logits(model, ids)) < (2e-2 if scheme == "w8a8" else 1e-5)
         ids = torch.randint(3, 150, (1, 5))
         expected = model.generate(ids, max_new_tokens=6, do_sample=False)
         model.compile(backend="qcompile", dynamic=True)
