@@ -71,7 +71,8 @@ def backend(
     if own.config is not None:
         from .floats import quantize_float_graph
 
-        with nullcontext() if own.nz is None else compiler.device.target(nz=own.nz):
+        device: Any = compiler.device
+        with nullcontext() if own.nz is None else device.target(nz=own.nz):
             quantize_float_graph(module, example_inputs, own.config)
     elif not own.allow_float:
         _refuse_float(module)

@@ -165,7 +165,7 @@ class QuantExperts(nn.Module):
         ``seen(projection, rows, ends)``: of projection 0, up, or 1, down; the rows of expert e end at ``ends[e]``, and
         are float if that projection is.
         """
-        return ops.compute_experts([x], ids, routing, *self._projections(x.dtype), seen=seen)  # type: ignore[misc]
+        return ops.compute_experts([x], ids, routing, *self._projections(x.dtype), seen=seen)
 
     def _projections(self, dtype: torch.dtype) -> tuple[Any, ...]:
         up, down = self.up, self.down
