@@ -7,6 +7,7 @@ config and tokenizer files. transformers is imported when a function needs it.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import ConfigError, FormatError, UnsupportedError, shortened
 from .formats import Format
 from .modules import FloatWeight, QuantWeight
-from .storage import CONFIG, PLAIN_CONFIG, write_json
+from .storage import CONFIG, PLAIN_CONFIG, read_json, write_json
 
 _GENERATION = "generation_config.json"
+_NUMBERS_PER_BYTE = 16  # of a model in a file; 2-bit weights have 4, and an incomplete file is to be reported as such
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.spm",
     "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
@@ -57,13 +60,22 @@ def resolve(path: str | Path, allow_download: bool = False) -> Path:
 # -------------------------------------------------------------------------------------------------------- building
 
 
-def build(folder: Path, dtype: torch.dtype) -> nn.Module:
+def build(folder: Path, dtype: torch.dtype, tensors: int, stored_bytes: int) -> nn.Module:
     """The model that config.json describes, on the meta device; buffers that no file holds are real.
 
-    Code that a checkpoint brings along is never run. FormatError when transformers cannot build it.
+    Code that a checkpoint brings along is never run. FormatError when transformers cannot build it, or when a model of
+    that size cannot be in ``tensors`` tensors of ``stored_bytes``: a damaged config must not fill the memory.
     """
     import transformers
 
+    _check_depth(folder, tensors)
+    registered = itertools.count()
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        if next(registered) > 16 * tensors + 1000:
+            raise FormatError(f"it has more parameters than {tensors} stored tensors can fill")
+
+    handle = register_module_parameter_registration_hook(count)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for part in _parts(config):
@@ -78,10 +90,33 @@ def build(folder: Path, dtype: torch.dtype) -> nn.Module:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a foreign config can make transformers raise anything
         raise FormatError(f"{folder / CONFIG}: transformers cannot build a model from it: {error}") from error
+    finally:
+        handle.remove()
+    numbers = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+    if numbers > _NUMBERS_PER_BYTE * stored_bytes + 2**26:
+        raise FormatError(
+            f"{folder / CONFIG} describes a model of {numbers:,} numbers, for which files of {stored_bytes:,} bytes "
+            "are too small"
+        )
     model.tie_weights()
     _rebuild_buffers(model)
     model.config._name_or_path = model.name_or_path = str(folder)
     return model
+
+
+def _check_depth(folder: Path, tensors: int) -> None:
+    """FormatError for more layers than the stored tensors can fill; transformers would make lists of them."""
+    pending: list[Any] = [read_json(folder / CONFIG)]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+            deep = [k for k, v in value.items() if "layer" in k and type(v) is int and v > 16 * tensors + 1000]
+            if deep:
+                held = f"but the files hold {tensors} tensors"
+                raise FormatError(f"{folder / CONFIG}: {deep[0]} is {value[deep[0]]}, {held}")
+        elif isinstance(value, list):
+            pending += value
 
 
 def head_name(model: Any) -> str:

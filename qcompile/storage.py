@@ -72,6 +72,12 @@ class Folder:
         self._open.clear()
         self._pickles.clear()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many tensors there are, and their bytes."""
+        each = (math.prod(header.shape) * DTYPES[header.dtype].itemsize for header in self.headers.values())
+        return len(self.headers), sum(each)
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Load one tensor, or what it has at ``index`` of its first dimension, into memory of its own."""
         header = self.headers[name]

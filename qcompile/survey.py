@@ -57,7 +57,7 @@ class Survey:
                 f"{folder.path} holds a plain module ({folder.config.get('model')}), not a transformers model: "
                 "pass the float module as model="
             )
-        self.model = model if model is not None else skeleton.build(folder.path, self.dtype)
+        self.model = model if model is not None else skeleton.build(folder.path, self.dtype, *folder.size)
         if present := quantized_modules(self.model):
             raise ConfigError(f"the model to fill is quantized already ({shortened(present)}); pass the float one")
         self.layouts = find_experts(self.model)
