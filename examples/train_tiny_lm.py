@@ -6,7 +6,8 @@
 The text is what every Python installation has: the language reference in ``pydoc_data.topics``, and the sources and
 docstrings of the standard library. Documents are split into training and held-out by a hash of their *file*, so
 nothing that is measured was seen. The result is an ordinary Qwen3 or Qwen3-MoE checkpoint (bfloat16 safetensors and a
-byte-level BPE tokenizer) beside ``heldout.safetensors`` (token ids) and ``training.json`` (what was measured).
+byte-level BPE tokenizer) beside ``heldout.safetensors`` (token ids), ``calibration.safetensors`` (ids of windows of the
+training text, on which methods are compared) and ``training.json`` (what was measured).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 
 END = "<|endoftext|>"
 VOCABULARY, SEQUENCE = 4096, 256
+CALIBRATION = 128  # windows of SEQUENCE tokens
 SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "idle_test", "lib2to3", "encodings", "site-packages", "pydoc_data", "turtledemo",
     "ensurepip", "__pycache__",
@@ -140,6 +142,12 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor) -> float:
     return math.exp(-(counts / counts.sum()).log()[held_out].mean().item())
 
 
+def calibration_windows(ids: torch.Tensor) -> torch.Tensor:
+    """Token ids [CALIBRATION, SEQUENCE] from random places of the training text, the same for every model."""
+    starts = torch.randint(0, len(ids) - SEQUENCE, (CALIBRATION, 1), generator=torch.Generator().manual_seed(1))
+    return ids[starts + torch.arange(SEQUENCE)]
+
+
 def train(model, moe: bool, ids: torch.Tensor, steps: int, batch_size: int, generator: torch.Generator) -> None:
     """AdamW with a cosine schedule on random windows; bfloat16 matrix products."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
@@ -210,6 +218,7 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     save_file({"input_ids": held_ids.to(torch.int16)}, arguments.out / "heldout.safetensors")
+    save_file({"input_ids": calibration_windows(train_ids).to(torch.int16)}, arguments.out / "calibration.safetensors")
     (arguments.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
