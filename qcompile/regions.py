@@ -201,6 +201,8 @@ def _missing_symbols(module: GraphModule, nodes: Sequence[Node]) -> list[Node]:
 
     def defined(value: Any) -> set[Any]:
         sizes = list(value.shape) if isinstance(value, Tensor) else [value]
+        if isinstance(value, SymInt) and value.node._expr != value.node.expr:
+            return set()  # Inductor lets a number define its own name, which is not the one that sizes are written with
         return {size.node.expr for size in sizes if isinstance(size, SymInt) and size.node.expr.is_symbol}
 
     values = [n.meta.get("val") for node in nodes for n in (node, *node.all_input_nodes)]

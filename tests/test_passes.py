@@ -11,10 +11,9 @@ from qcompile.passes.lower import Lower
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.share_activation_quant import ShareActivationQuant
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 import qcompile
-from qcompile import regions
 from qcompile.errors import PassError
 from qcompile.numerics import quantize_weight
 from qcompile.trace import attribute, bind, trace
@@ -167,77 +166,6 @@ class TestContracts:
         pass_.expected = 3
         with pytest.raises(PassError, match="faulty matched 1 of 3: nothing came close"):
             run_pass(pass_, traced(torch.sin, torch.ones(2)))
-
-
-class TestRegions:
-    """Cutting on hand-made graphs; whole models are in test_compile."""
-
-    def cut(self, blocks: list[str], function=torch.sin) -> list[regions.Piece]:
-        graph = Graph()
-        x = node = graph.placeholder("x")
-        node.meta["val"] = torch.ones(2)
-        for block in blocks:
-            node = graph.call_function(torch.ops.aten.sin.default, (node,))
-            node.meta = {"val": torch.ones(2), "nn_module_stack": {"k": (block, nn.Module)} if block else {}}
-        graph.output((node, x))
-        self.module = GraphModule({}, graph)
-        return regions.cut(self.module)
-
-    def run(self, pieces):
-        compiled = []
-
-        def compile_one(piece, inputs):
-            compiled.append(piece)
-            return lambda arguments: piece.module(*arguments)
-
-        function, distinct = regions.compile_pieces(pieces, self.module, compile_one)
-        assert distinct == len(compiled)
-        return function, distinct
-
-    def test_blocks_become_pieces_and_equal_ones_share_code(self):
-        names = ["", "layers.0.a", "layers.0.b", "layers.1.a", "layers.1.b", "layers.2.a", "layers.2.b", "norm"]
-        pieces = self.cut(names)
-        assert len(pieces) == 5
-        function, distinct = self.run(pieces)
-        assert distinct == 2  # prologue and epilogue are one sine each, every block two
-        arguments = [torch.tensor([0.1, 0.2])]
-        expected = self.module(*arguments)
-        result = function(arguments)
-        assert arguments == []
-        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-
-    def test_a_graph_without_blocks_is_one_piece(self):
-        assert len(self.cut(["", "norm", "head"])) == 1
-
-    def test_a_block_that_returns_after_another_is_still_correct(self):
-        pieces = self.cut(["layers.0.a", "layers.1.a", "layers.0.a", "layers.2.a"])
-        function, _ = self.run(pieces)
-        x = torch.tensor([0.3, 0.4])
-        assert torch.equal(function([x])[0], self.module(x)[0])
-
-    def test_an_input_is_written_back_after_its_last_reader(self):
-        graph = Graph()
-        cache, x = graph.placeholder("cache"), graph.placeholder("x")
-
-        def call(target, args, block):
-            node = graph.call_function(target, args)
-            node.meta = {"val": torch.ones(2), "nn_module_stack": {"k": (block, nn.Module)} if block else {}}
-            return node
-
-        for node in (cache, x):
-            node.meta["val"] = torch.ones(2)
-        first = call(torch.ops.aten.add.Tensor, (cache, x), "layers.0.a")
-        second = call(torch.ops.aten.mul.Tensor, (first, cache), "layers.1.a")
-        third = call(torch.ops.aten.add.Tensor, (second, 1.0), "layers.2.a")
-        call(torch.ops.aten.copy_.default, (cache, first), "")
-        graph.output((third,))
-        self.module = GraphModule({}, graph)
-        function, _ = self.run(regions.cut(self.module))
-        old, x = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-        expected = (old + x) * old + 1
-        state = old.clone()
-        assert torch.equal(function([state, x])[0], expected)
-        assert torch.equal(state, old + x)
 
 
 def test_weights_of_a_traced_graph_are_fake_and_found_by_name():
