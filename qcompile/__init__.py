@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedError,
     )
+    from .huggingface import TransformersConfig
     from .types import Plan, Report, Scheme
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "checkpoint": ("save", "load", "inspect"),
     "config": ("QuantConfig",),
     "conversion": ("convert",),
+    "huggingface": ("TransformersConfig",),
     "types": ("Plan", "Report", "Scheme"),
     "errors": (
         "QcompileError",
@@ -59,6 +61,7 @@ __all__ = [
     "Report",
     "Scheme",
     "TraceError",
+    "TransformersConfig",
     "UnsupportedError",
     "convert",
     "dequantize",

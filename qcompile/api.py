@@ -172,7 +172,9 @@ def dequantize(model: nn.Module) -> nn.Module:
         replace_module(model, module, linear.train(module.training))
     set_state(model, None)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "quantization_config"):
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # transformers' marks of a quantized model
+        quantizer.remove_quantization_config(model)
+    elif hasattr(config, "quantization_config"):
         del config.quantization_config
     return model
 

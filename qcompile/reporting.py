@@ -239,6 +239,12 @@ def _table(headers: list[str], body: list[list[str]], right: set[int]) -> list[s
     return [*lines, ""]
 
 
+def summary(report: Report) -> str:
+    """A report in one line."""
+    totals = "; ".join(_totals(report.plan, report.sites, bytes_after(report)))
+    return f"{report.model} on {report.plan.device}: {totals}"
+
+
 def _totals(plan: Plan, results: Sequence[SiteResult], after: int) -> list[str]:
     line = f"{len(plan.quantized)} of {len(plan)} sites quantized, {size(plan.bytes_before)} → {size(after)}"
     if plan.bytes_before:

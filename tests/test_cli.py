@@ -21,22 +21,14 @@ COMMANDS = ("demo", "inspect", "quantize", "generate", "eval")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, byte_tokenizer) -> Path:
     """A random two-layer model with a byte-level tokenizer and held-out ids."""
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     tiny_model(vocab_size=320).save_pretrained(path)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
     save_file({"input_ids": torch.randint(3, 259, (600,), dtype=torch.int16)}, path / "heldout.safetensors")
     return path
 
