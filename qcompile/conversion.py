@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def convert(
     """Write the quantized checkpoint ``path`` as another ``format`` into the folder ``out``; returns ``out``.
 
     format: as for ``save``. Codes, scales and zero points stay what they are: UnsupportedError names the first weight
-    that the format cannot hold, and why, and nothing is written. One stored Linear is in memory at a time. model: the
+    that the format cannot hold, and why, and nothing is written. A warning names tensors that transformers leaves out
+    of the model, and that are left out here. One stored Linear is in memory at a time. model: the
     float module, for what is not a transformers model. Other arguments are those of ``load`` and ``save``.
     """
     target: Format = plugins.find("formats", format.replace("-", "_"))
@@ -42,6 +44,9 @@ def convert(
             raise ConfigError(f"{folder.path} is a float checkpoint: quantize it, then save it in the format wanted")
         source = _Source(survey, target)
         source.check()
+        if survey.ignored:
+            names = shortened(survey.ignored)
+            warnings.warn(f"left out, for they are no part of the model: {names}", stacklevel=2)
         room = 4096 + sum(len(name) + 200 for name in folder.headers) * 8
         with new_folder(out, overwrite) as unfinished:
             writer = ShardWriter(unfinished, shard_bytes, room, target.stem)

@@ -42,12 +42,17 @@ def formats() -> list[Format]:
 
 
 def with_side_file(folder: Folder) -> dict[str, Any]:
-    """The config of a checkpoint, with the quantization section of a side file where it has none of its own."""
+    """The config of a checkpoint, with the quantization section of a side file where it has none of its own.
+
+    The side file of a format that never writes into config.json (ModelSlim) counts before the section there, which is
+    that of the checkpoint that was quantized once more.
+    """
     config = folder.config
     text = config.get("text_config")
-    if "quantization_config" in config or (isinstance(text, Mapping) and "quantization_config" in text):
-        return config
+    has_own = bool(config.get("quantization_config") or (isinstance(text, Mapping) and text.get("quantization_config")))
     for format in formats():
+        if has_own and (format.in_config or not format.side_files):
+            continue
         for pattern in format.side_files:
             found = sorted(folder.path.glob(pattern))
             if len(found) > 1:

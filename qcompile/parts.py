@@ -227,7 +227,14 @@ def read_weight(weight: StoredWeight, read: Callable[[StoredSite], PackedWeight]
     if weight.site.kind == "linear":
         (stored,) = weight.stored.values()
         return read(stored)
-    parts = ([read(weight.stored[piece.name]) for piece in own] for own in weight.pieces)
+
+    def read_piece(piece: Piece) -> PackedWeight:
+        stored = weight.stored[piece.name]
+        if (packed := read(stored)).scheme != stored.scheme:
+            raise UnsupportedError(f"{piece.name}: experts whose g_idx has uneven groups are not supported")
+        return packed
+
+    parts = ([read_piece(piece) for piece in own] for own in weight.pieces)
     return stack((join(own, weight.scheme) for own in parts), weight.site.experts)
 
 

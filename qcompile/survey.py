@@ -27,7 +27,7 @@ from .sites import walk_sites
 from .skeleton import Slot
 from .storage import CONFIG, DTYPES, Folder
 from .streaming import plan_stream, quantize_stored
-from .types import PackedWeight, Plan, PlannedSite, Site, SiteResult
+from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
 
 STORED = "stored"  # the method of a site that came from a checkpoint
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -48,7 +48,7 @@ class Survey:
         cast: torch.dtype | None,
         settings: QuantConfig | None = None,
     ) -> None:
-        self.folder, self.device, self.cast = folder, device, cast
+        self.folder, self.backend, self.device, self.cast = folder, backend, device, cast
         self.dtype = cast or _main_dtype(folder)
         config = with_side_file(folder)
         self.format = detect_format(folder, config)
@@ -67,9 +67,11 @@ class Survey:
         shapes = {name: tuple(slot.tensor.shape) for slot in skeleton.slots(self.model) for name in slot.names}
         self.parts = parts.stored_parts(self.model, shapes)
         self.pieces = {site.name: self._pieces_of(site) for site in self.sites}
+        self._ignored = [re.compile(pattern) for pattern in skeleton.ignored_patterns(self.model)]
         self.weights = self._find_weights(config)
         self.slots = self._slots_without(self.weights)
         self.extra_biases: set[str] = set()
+        self.ignored: set[str] = set()  # stored tensors that transformers leaves out of the model
         notes = self._check_names()
         if settings is None:
             self.plan = self._plan(backend, notes)
@@ -108,8 +110,13 @@ class Survey:
             shapes = parts.linear_shapes(self.pieces[site.name], site.in_features)
             linears |= shapes
             experts |= shapes.keys() if site.kind == "experts" else set()
+        headers = {  # without those of layers that transformers leaves out, such as ones that predict further tokens
+            name: header
+            for name, header in self.folder.headers.items()
+            if name.rpartition(".")[0] in linears or not self._is_ignored(name)
+        }
         try:
-            found = {stored.name: stored for stored in self.format.sites(config, self.folder.headers, linears, experts)}
+            found = {stored.name: stored for stored in self.format.sites(config, headers, linears, experts)}
             weights = [parts.gather(site, self.pieces[site.name], found) for site in self.sites]
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{self.folder.path}: {error}") from None
@@ -167,7 +174,6 @@ class Survey:
                 missing += lacking if stored else lacking[:1]
             wanted |= {name: (slot, shape) for name, shape in places.items()}
         consumed = {name for weight in self.weights.values() for name in weight.tensors}
-        patterns = [re.compile(pattern) for pattern in skeleton.ignored_patterns(self.model)]
         unknown = headers.keys() - consumed - wanted.keys()
         stored_linears = [name for weight in self.weights.values() for name in weight.stored]
         self.extra_biases = {name for linear in stored_linears if (name := f"{linear}.bias") in unknown}
@@ -176,7 +182,7 @@ class Survey:
                 names = [f"{name}.bias" for name, stored in weight.stored.items() if not stored.owns_bias]
                 missing += [name for name in names if name not in self.extra_biases]
         unknown -= self.extra_biases
-        ignored = {name for name in unknown if any(pattern.search(name) for pattern in patterns)}
+        self.ignored = ignored = {name for name in unknown if self._is_ignored(name)}
         problems = [f"missing: {shortened(missing)}"] if missing else []
         if unknown := unknown - ignored:
             problems.append(f"unknown to {type(self.model).__name__} or its format: {shortened(unknown)}")
@@ -190,6 +196,9 @@ class Survey:
             if stored_site.note:
                 said.setdefault(stored_site.note, []).append(stored_site.name)
         return (*notes, *(f"{shortened(names)}: {note}" for note, names in said.items()))
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(pattern.search(name) for pattern in self._ignored)
 
     def _check_header(self, header: TensorHeader, slot: Slot, shape: tuple[int, ...]) -> None:
         is_float = slot.tensor.is_floating_point()
@@ -285,6 +294,7 @@ class Survey:
                     continue
                 results.append(self._load_site(planned))
                 advance(planned.site.name)
+        self.plan = dataclasses.replace(self.plan, sites=tuple(result.planned for result in results))
         return tuple(results)
 
     def _load_site(self, planned: PlannedSite) -> SiteResult:
@@ -296,7 +306,10 @@ class Survey:
             if weight is None:
                 packed, sqnr = quantize_stored(self, planned)
             else:
-                packed = _fit(parts.read_weight(weight, self.read_stored), planned)
+                packed = parts.read_weight(weight, self.read_stored)
+                if packed.scheme != planned.scheme:
+                    planned = self._planned_again(planned, packed.scheme)
+                packed = _fit(packed, planned)
                 bias = self._bias(weight, module.bias)
         except (FormatError, UnsupportedError) as error:
             file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
@@ -304,6 +317,15 @@ class Survey:
         quantized = module_of(planned, moved(packed, self.device), bias)
         replace_module(self.model, module, quantized)
         return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.buffers()), sqnr)
+
+    def _planned_again(self, planned: PlannedSite, scheme: Scheme) -> PlannedSite:
+        """The plan for a weight of which only the tensors, not config and headers, show how small its groups are."""
+        kernel, why_not = choose(self.backend, planned.site, scheme)
+        if kernel is None:
+            raise UnsupportedError(f"{planned.site.name} ({scheme}, for g_idx has uneven groups): {why_not}")
+        reason = f"{planned.reason}; its g_idx has uneven groups, which {scheme} expresses"
+        name, size = f"{self.backend.name}.{kernel.name}", kernel.nbytes(planned.site, scheme)
+        return dataclasses.replace(planned, scheme=scheme, reason=reason, kernel=name, bytes_after=size)
 
     def read_stored(self, stored: StoredSite) -> PackedWeight:
         """The canonical weight of one stored Linear."""

@@ -267,11 +267,15 @@ def test_damaged_data():
     for changed, says in [
         ({"m.weight_scale": packed.scales.index_fill(0, torch.tensor([3]), float("nan"))}, "weight_scale holds NaN"),
         ({"m.weight_shape": torch.tensor([16, 63])}, r"weight_shape says \[16, 63\]"),
-        ({"m.weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "weight_g_idx must assign 32 columns"),
-        ({"m.weight_g_idx": tensors["m.weight_g_idx"] + 1}, "weight_g_idx must assign 32 columns"),
+        ({"m.weight_g_idx": tensors["m.weight_g_idx"] + 1}, "weight_g_idx names groups 1 to 2, but there are 2"),
+        ({"m.weight_g_idx": tensors["m.weight_g_idx"] - 1}, "weight_g_idx names groups -1 to 0, but there are 2"),
     ]:
         with pytest.raises(FormatError, match=says):
             FORMAT.read(site, (tensors | changed).__getitem__)
+    uneven = torch.arange(64, dtype=torch.int32).ge(24).int()  # 24 and 40 columns: eights
+    again = FORMAT.read(site, (tensors | {"m.weight_g_idx": uneven}).__getitem__)
+    assert str(again.scheme) == "w4a16_g8"
+    assert torch.equal(again.scales, packed.scales[:, [0] * 3 + [1] * 5])
     unordered = tensors | {"m.weight_g_idx": torch.full((64,), -1, dtype=torch.int32)}
     assert FORMAT.read(site, unordered.__getitem__).permutation is None
 

@@ -146,8 +146,6 @@ def test_group_indices():
     again = read(tensors | flipped | {"m.g_idx": 3 - trivial}, section)
     assert again.permutation.tolist() == reversed_groups.permutation.tolist()
     assert torch.equal(numerics.dequantize_packed(again), expected)
-    with pytest.raises(UnsupportedError, match=r"m\.g_idx gives its 4 groups 15, 16, 17 columns each; .* needs 16"):
-        read(tensors | {"m.g_idx": trivial.index_fill(0, torch.tensor([0]), 1)}, section)
     for wrong in (trivial + 1, trivial - 1):
         with pytest.raises(FormatError, match=r"m\.g_idx names groups -?\d to \d, but there are 4"):
             read(tensors | {"m.g_idx": wrong}, section)
@@ -157,6 +155,26 @@ def test_group_indices():
         read({n: t for n, t in tensors.items() if n != "m.g_idx"}, section)
     with pytest.raises(FormatError, match=r"m\.g_idx is F32 \[64\], but must be I32 or I64 \[64\]"):
         read(tensors | {"m.g_idx": trivial.float()}, section)
+
+
+@given(st.sampled_from([V1, V2]), BITS, st.booleans(), st.sampled_from([None, 8, 16, 24]), st.data())
+def test_any_order_of_columns(format, bits, symmetric, group, data):
+    """W[o, i] = (q[i, o] - z[g_idx[i], o]) * s[g_idx[i], o], however many columns a group has."""
+    packed = random_packed(Scheme(WeightType(bits, symmetric, group)), 32, 64, smallest_zero=2 - format.version)
+    tensors, section = written(format, packed)
+    groups = packed.scheme.weight.groups(64)
+    shuffled = torch.tensor(data.draw(st.permutations([i * groups // 64 for i in range(64)])))
+    anyhow = torch.tensor(data.draw(st.lists(st.integers(0, groups - 1), min_size=64, max_size=64)))
+    halves = torch.arange(64) * groups // 128  # in twos, so that groups stay large
+    codes = numerics.unpack_codes(packed.codes, bits, 64).float()
+    zeros = torch.full_like(packed.scales, 2 ** (bits - 1)) if symmetric else packed.zeros
+    for g_idx in (shuffled, anyhow, halves):
+        again = read(tensors | {"m.g_idx": g_idx.to(torch.int32)}, section | {"desc_act": True})
+        expected = (codes - zeros.float()[:, g_idx]) * packed.scales.float()[:, g_idx]
+        assert torch.equal(numerics.dequantize_packed(again), expected.to(packed.scales.dtype))
+        if format.refuses(again.scheme, again.shape, again) == "":
+            rewritten = numerics.dequantize_packed(round_trip(format, again))
+            assert torch.equal(rewritten, numerics.dequantize_packed(again))
 
 
 def test_a_short_last_group():
@@ -427,11 +445,22 @@ def test_damage(edit, changes, says, copied):
     assert "model.safetensors" in str(error.value)
 
 
-def test_uneven_groups_name_file_and_module(copied):
-    change(copied, lambda tensors: tensors[f"{UP}.g_idx"][:1].add_(1))
+def test_uneven_groups_become_smaller_ones(copied, checkpoint, tmp_path):
+    change(copied, lambda tensors: tensors[f"{UP}.g_idx"][:16].add_(1))
     change_config(copied, desc_act=True)
-    with pytest.raises(UnsupportedError, match=rf"model\.safetensors: {UP}\.g_idx gives its 4 groups"):
-        qcompile.load(copied)
+    model = qcompile.load(copied)
+    planned = {result.planned.site.name: result.planned for result in qcompile.report(model).sites}[UP]
+    assert str(planned.scheme) == "w4a16_g16"
+    assert "its g_idx has uneven groups" in planned.reason
+    packed, before = (m.get_submodule(UP).packed() for m in (model, checkpoint[0]))
+    zero = torch.ones(128, dtype=torch.int64) * 8
+    codes = numerics.unpack_codes(before.codes, 4, 128).long() - zero
+    groups = torch.arange(128) // 32
+    groups[:16] += 1
+    expected = codes.to(packed.scales.dtype) * before.scales.to(packed.scales.dtype)[:, groups]
+    assert torch.equal(numerics.dequantize_packed(packed), expected)
+    qcompile.convert(copied, tmp_path / "converted", format="compressed-tensors")
+    assert torch.equal(logits(qcompile.load(tmp_path / "converted")), logits(model))
 
 
 # ---------------------------------------------------------------------------------------------------------- goldens

@@ -8,7 +8,7 @@ activations (compressed-tensors 0.20, ``quantization/quant_args.py``); ignored m
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import ConfigError, FormatError, UnsupportedError
@@ -81,6 +81,21 @@ def group_of(name: str, section: Mapping[str, Any], is_expert: bool) -> tuple[st
         if match > closest and group.get("weights"):
             best, closest = (label, group), match
     return best
+
+
+def is_within_ignored(name: str, section: Mapping[str, Any]) -> bool:
+    """Whether a module that contains ``name`` is ignored; the package itself takes full names and ``re:`` only."""
+    return any(isinstance(part, str) and name.startswith(f"{part}.") for part in _list(section, "ignore"))
+
+
+def check_clips(section: Mapping[str, Any], clipped: Collection[str]) -> None:
+    """FormatError for a group that says that activations are clipped, when none of its modules (clipped) has a clip."""
+    for label, group in section["config_groups"].items():
+        if isinstance(group, Mapping) and group.get("activation_use_clip") and label not in clipped:
+            raise FormatError(
+                f"config.json: config group {label!r} says activation_use_clip, but no module of it has a stored "
+                "alpha; set it to false if the activations are not clipped"
+            )
 
 
 def _list(holder: Mapping[str, Any], key: str) -> list | tuple:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .. import numerics
 from ..errors import FormatError
-from ..types import PackedWeight, Scheme, WeightType
+from ..types import PackedWeight, Scheme
 from . import Get, Shape, StoredSite
 from ._headers import FLOATS, Stored, Wanted, finite
+from ._order import in_groups
 from ._words import from_words, is_padded, to_words, unpack_words, width
 
 _CODES = {
@@ -33,6 +34,7 @@ _CODES = {
     "mxfp4-pack-quantized": "nibbles",
     "pack-quantized": "words",
 }
+ZERO_POINTS = {"weight_zero_point": "weights", "input_zero_point": "activations"}
 _POWERS = ("mxfp4", "mxfp8")  # scales are powers of two, in 8 bits
 _ONE = ((1,), (), (1, 1))  # shapes of a single number
 
@@ -101,7 +103,8 @@ def wanted(shape: Shape, scheme: Scheme, codes: str, padded: bool) -> Wanted:
 
 def read(site: StoredSite, get: Get) -> PackedWeight:
     """The canonical weight; bit for bit what compressed-tensors' own decompression multiplies."""
-    weight, (out, inn), layout = site.scheme.weight, site.shape, site.layout
+    weight, out, layout = site.scheme.weight, site.shape[0], site.layout
+    _refuse_zero_points(site, get)
     scales = _scales(site, get)
     zeros = get(f"{site.name}.weight_zero_point") if not weight.symmetric else None
     codes = _codes(site, get)
@@ -109,24 +112,34 @@ def read(site: StoredSite, get: Get) -> PackedWeight:
         zeros = unpack_words(zeros.t(), weight.bits, out, layout["padded"]).t().contiguous()
     elif zeros is not None:
         zeros = _unsigned(zeros, weight.bits, f"{site.name}.weight_zero_point")
-    permutation = _permutation(get(f"{site.name}.weight_g_idx"), weight, site) if layout["g_idx"] else None
-    if permutation is not None:
-        columns = numerics.unpack_codes(codes, weight.bits, inn)[:, permutation.long()]
-        codes = numerics.pack_codes(columns, weight.bits)
 
     def number(name: str | None, dtype: torch.dtype) -> Tensor | None:
         if name is None or (name := f"{site.name}.{name}") not in site.tensors:
             return None
         return finite(get(name).reshape(1), name).to(dtype)
 
+    named = site.scheme.activation.params if site.scheme.activation else ()
     step = "input_global_scale" if weight.number == "nvfp4" else "input_scale"
-    return PackedWeight(
-        site.scheme, site.shape, codes, scales, zeros, permutation,
-        outer=number("weight_global_scale", torch.float32),
-        input_scale=number(step, torch.float32),
-        input_zero=number("input_zero_point", torch.int32),
-        alpha=number(layout["alpha"], torch.float32),
-    )  # fmt: skip
+    params = {
+        "outer": number("weight_global_scale", torch.float32),
+        "input_scale": number(step, torch.float32),
+        "input_zero": number("input_zero_point" if "input_zero" in named else None, torch.int32),
+        "alpha": number(layout["alpha"], torch.float32),
+    }
+    g_idx = _group_of_each_input(get(f"{site.name}.weight_g_idx"), site) if layout["g_idx"] else None
+    if g_idx is not None:
+        return in_groups(site.scheme, site.shape, codes, scales, zeros, g_idx, **params)
+    return PackedWeight(site.scheme, site.shape, codes, scales, zeros, None, **params)
+
+
+def _refuse_zero_points(site: StoredSite, get: Get) -> None:
+    """FormatError for zero points of symmetric numbers that are not zero; early versions stored them."""
+    activation = site.scheme.activation
+    symmetric = {"weights": site.scheme.weight.symmetric, "activations": activation is None or activation.symmetric}
+    for suffix, what in ZERO_POINTS.items():
+        name = f"{site.name}.{suffix}"
+        if symmetric[what] and name in site.tensors and bool(get(name).float().any()):
+            raise FormatError(f"{name} is not zero, but config.json says that {what} are symmetric")
 
 
 def _scales(site: StoredSite, get: Get) -> Tensor:
@@ -171,20 +184,18 @@ def _unsigned(values: Tensor, bits: int, name: str) -> Tensor:
     return codes
 
 
-def _permutation(g_idx: Tensor, weight: WeightType, site: StoredSite) -> Tensor | None:
-    """Columns in order of their group, or None when they are; -1 means that no order was kept."""
-    name, inn = f"{site.name}.weight_g_idx", site.shape[1]
+def _group_of_each_input(g_idx: Tensor, site: StoredSite) -> Tensor | None:
+    """A stored order of columns, or None when it is the plain one; -1 everywhere means that none was kept."""
+    weight, inn = site.scheme.weight, site.shape[1]
     if weight.group_size is None or bool((g_idx == -1).all()):
         return None
-    trivial = torch.arange(inn, dtype=g_idx.dtype) // weight.group_size
-    if torch.equal(g_idx, trivial):
-        return None
-    if not torch.equal(g_idx.sort().values, trivial):
+    if inn and (int(g_idx.min()) < 0 or int(g_idx.max()) >= weight.groups(inn)):
         raise FormatError(
-            f"{name} must assign {weight.group_size} columns to each of {weight.groups(inn)} groups; "
-            "uneven groups cannot be stored in the canonical layout"
+            f"{site.name}.weight_g_idx names groups {int(g_idx.min())} to {int(g_idx.max())}, but there are "
+            f"{weight.groups(inn)}"
         )
-    return torch.argsort(g_idx, stable=True).to(torch.int32)
+    is_plain = torch.equal(g_idx.long(), torch.arange(inn) // weight.group_size)
+    return None if is_plain else g_idx
 
 
 # --------------------------------------------------------------------------------------------------------- writing

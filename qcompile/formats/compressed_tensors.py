@@ -56,7 +56,9 @@ class CompressedTensors(Format):
         section = _groups.section_of(config) or {}
         _groups.refuse_extras(section)
         modules = by_module(headers, linears, _MARKS)
-        return every(linears, lambda name: _site(name, linears[name], modules.get(name, {}), section, name in experts))
+        sites = every(linears, lambda name: _site(name, linears[name], modules.get(name, {}), section, name in experts))
+        _groups.check_clips(section, {site.layout["group"] for site in sites if site.layout["alpha"] is not None})
+        return sites
 
     def read(self, site: StoredSite, get: Get) -> PackedWeight:
         """The canonical weight; bit for bit what compressed-tensors' own decompression multiplies."""
@@ -118,15 +120,15 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], i
         return None
     label, group = found
     if not marks and not codes:
-        if plain is None:
-            return None  # tied to another module, or missing: whoever fills the model knows
+        if plain is None or _groups.is_within_ignored(name, section):
+            return None  # float; or tied to another module, or missing: whoever fills the model knows
         raise FormatError(
             f"{plain.file}: {plain.name} is float ({plain.dtype}), but config group {label!r} targets {name} and "
             "config.json does not ignore it"
         )
     if plain and "weight_packed" in stored:
         raise FormatError(f"{plain.file}: both {plain.name} and {name}.weight_packed are stored; one of them is wrong")
-    alpha = next((suffix for suffix in stored if suffix.endswith("alpha")), None)
+    alpha = next((suffix for suffix in stored if suffix.endswith("alpha") and not suffix.endswith("w_alpha")), None)
     scheme = _groups.scheme_of(name, group, group.get("format") or section.get("format"), alpha is not None)
     layout = _groups.layout_of(name, group, section, scheme)
     kind = _layouts.codes_of(layout, scheme, stored, shape)
@@ -134,6 +136,8 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], i
     reads = dict(_layouts.wanted(shape, scheme, kind, padded))
     if "weight_g_idx" in stored or group["weights"].get("actorder") in (True, "group", "dynamic"):
         reads["weight_g_idx"] = (("I32", "I64"), (shape[1],))
+    for suffix in _layouts.ZERO_POINTS.keys() & stored.keys() - reads.keys():
+        reads[suffix] = (stored[suffix].dtype,), stored[suffix].shape  # of symmetric numbers; ``read`` expects zeros
     if alpha is not None:
         reads[alpha] = (FLOATS, (1,), ())
     is_correction = kind == "pairs" and "bias" in stored
@@ -145,7 +149,7 @@ def _site(name: str, shape: Shape, stored: Stored, section: Mapping[str, Any], i
         scheme,
         shape,
         tuple(f"{name}.{suffix}" for suffix in reads),
-        {"codes": kind, "padded": padded, "g_idx": "weight_g_idx" in reads, "alpha": alpha},
+        {"codes": kind, "padded": padded, "g_idx": "weight_g_idx" in reads, "alpha": alpha, "group": label},
         owns_bias=is_correction,
     )
 

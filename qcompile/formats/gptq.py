@@ -33,6 +33,7 @@ from ..errors import FormatError, UnsupportedError
 from ..types import PackedWeight, Scheme, WeightType
 from . import Format, Get, Shape, StoredSite, TensorHeader
 from ._headers import FLOATS, Stored, by_module, every, finite, fits
+from ._order import in_groups
 from ._qweight import (
     AUTO_ROUND,
     check_module,
@@ -87,11 +88,10 @@ class Gptq(Format):
         scales = finite(get(f"{site.name}.scales"), f"{site.name}.scales").t().contiguous()
         zeros = _zero_points(get(f"{site.name}.qzeros"), site)
         codes = from_words(get(f"{site.name}.qweight").t().contiguous(), weight.bits, inn, False)
-        permutation = _permutation(get(f"{site.name}.g_idx"), site) if site.layout["g_idx"] else None
-        if permutation is not None:
-            columns = numerics.unpack_codes(codes, weight.bits, inn)[:, permutation.long()]
-            codes = numerics.pack_codes(columns, weight.bits)
-        return PackedWeight(site.scheme, site.shape, codes, scales, zeros, permutation)
+        g_idx = _group_of_each_input(get(f"{site.name}.g_idx"), site) if site.layout["g_idx"] else None
+        if g_idx is None:
+            return PackedWeight(site.scheme, site.shape, codes, scales, zeros)
+        return in_groups(site.scheme, site.shape, codes, scales, zeros, g_idx)
 
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a weight cannot be written."""
@@ -236,7 +236,7 @@ def _site(
     check_module(name, stored, wanted, about)
     layout = {
         "version": version,
-        "borrows": "gptqmodel" in str((section.get("meta") or {}).get("quantizer")),
+        "borrows": "gptqmodel" in str(section.get("meta")),
         "desc_act": desc_act,
         "g_idx": "g_idx" in wanted,
     }
@@ -277,8 +277,8 @@ def _seen(values: Tensor) -> str:
     return ", ".join(map(str, numbers[:6])) + (" ..." if len(numbers) > 6 else "")
 
 
-def _permutation(g_idx: Tensor, site: StoredSite) -> Tensor | None:
-    """Columns in order of their group, or None when they are."""
+def _group_of_each_input(g_idx: Tensor, site: StoredSite) -> Tensor | None:
+    """``g_idx``, or None when it is the plain order; FormatError for what config and scales contradict."""
     name, inn, weight = f"{site.name}.g_idx", site.shape[1], site.scheme.weight
     groups = weight.groups(inn)
     if inn and (int(g_idx.min()) < 0 or int(g_idx.max()) >= groups):
@@ -290,12 +290,7 @@ def _permutation(g_idx: Tensor, site: StoredSite) -> Tensor | None:
         raise FormatError(
             f"{name} is not in order, but config.json says that desc_act is false; set it to true if g_idx is right"
         )
-    if not torch.equal(g_idx.sort().values, trivial):
-        raise UnsupportedError(
-            f"{name} gives its {groups} groups {_seen(g_idx.bincount())} columns each; the canonical layout needs "
-            f"{weight.group_size}"
-        )
-    return torch.argsort(g_idx, stable=True).to(torch.int32)
+    return g_idx
 
 
 def _trivial(inn: int, weight: WeightType) -> Tensor:

@@ -62,6 +62,7 @@ _REFUSED = {  # ends of names, and what they belong to
     "heads_rotation": "online rotations (QuaRot)",
     "kronecker_rotation_m": "online rotations (QuaRot)",
 }
+_CACHES = ("kv_cache_type", "kv_quant_type", "fa_quant_type")  # what the description says of caches and attention
 _CHUNKS = 16  # of the inputs of layers that are split along them, so that up to 16 devices can share scale_bias
 _SPLIT_INPUTS = ("o_proj", "down_proj", "w2")  # such layers, as msmodelslim's exporter knows them
 
@@ -91,6 +92,9 @@ class ModelSlim(Format):
     ) -> tuple[StoredSite, ...]:
         """Every quantized Linear; see ``Format.sites``."""
         description = config["quantization_config"]
+        for key in _CACHES:
+            if description.get(key) not in (None, "", _FLOAT):
+                raise UnsupportedError(f"the description has {key} {description[key]!r}, which is not supported")
         for end, what in _REFUSED.items():
             if found := [name for name in headers if name.endswith(end)]:
                 raise UnsupportedError(f"{shortened(found)} belongs to {what}, which is not supported")
@@ -120,16 +124,16 @@ class ModelSlim(Format):
         tensors = {name.removeprefix(f"{site.name}."): name for name in site.tensors}
         codes, scales = get(tensors["weight"]), _scales(site, tensors, get)
         if weight.number != "int":
+            _symmetric_zeros(tensors, kind, get)
             return PackedWeight(site.scheme, site.shape, codes.view(torch.uint8), scales)
         codes = _unsigned(unpair(codes) if site.layout["pairs"] else codes, weight.bits, tensors["weight"])
         zeros, params = None, {}
-        for name in ("weight_offset", "weight_offset_second"):
-            if name not in tensors:
-                continue
-            offset = get(tensors[name]).float()
-            if weight.symmetric and bool(offset.any()):
-                raise FormatError(f"{tensors[name]} is not zero, but {kind} has symmetric weights")
-            zeros = None if weight.symmetric else _zero_points(offset, weight.bits, tensors[name])
+        if weight.symmetric:
+            _symmetric_zeros(tensors, kind, get)
+        else:
+            name = tensors.get("weight_offset", "")
+            offset = get(name).float() if name else torch.zeros(1, 1)
+            zeros = _zero_points(offset, weight.bits, name).expand_as(scales).contiguous()
         if kind == _STATIC:
             params["input_scale"] = finite(get(tensors["input_scale"]).float().reshape(1), tensors["input_scale"])
             params["input_zero"] = _input_zero(get(tensors["input_offset"]), tensors["input_offset"])
@@ -249,7 +253,7 @@ def _site(name: str, shape: Shape, stored: Stored, description: Mapping[str, Any
         if marks:
             raise FormatError(f"{marks[0].file}: {marks[0].name} is stored, but the description has {name} as {_FLOAT}")
         return None
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise UnsupportedError(
             f"{name}: the type {kind!r} of ModelSlim is not read; known: {', '.join([*_TYPES, _FLOAT])}"
         )
@@ -362,6 +366,12 @@ def _zero_points(offset: Tensor, bits: int, name: str) -> Tensor:
     if not bool(((zeros >= 0) & (zeros < 2**bits) & (zeros == torch.round(zeros))).all()):
         raise FormatError(f"{name} holds offsets that are no {bits}-bit integers")
     return zeros.to(torch.uint8).reshape(offset.shape[0], -1)
+
+
+def _symmetric_zeros(tensors: Mapping[str, str], kind: str, get: Get) -> None:
+    for name in ("weight_offset", "weight_offset_second"):
+        if name in tensors and bool(get(tensors[name]).float().any()):
+            raise FormatError(f"{tensors[name]} is not zero, but {kind} has symmetric weights")
 
 
 def _input_zero(offset: Tensor, name: str) -> Tensor:
