@@ -35,7 +35,7 @@ Checkpoint = Annotated[
     typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
-Soc = Annotated[str | None, typer.Option(help="Ascend chip to plan for, such as Ascend910B; with --device npu.")]
+Soc = Annotated[str | None, typer.Option(help="Chip to plan for, such as Ascend910B (npu) or sm_80 (cuda).")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
 
@@ -127,10 +127,11 @@ def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False, soc
 def _chip(device: str, soc: str | None) -> AbstractContextManager:
     if soc is None:
         return nullcontext()
-    if not device.startswith("npu"):
-        raise ConfigError(f"--soc names an Ascend chip and goes with --device npu, not {device}")
-    from .backends.npu import target
+    from .planning import find_backend
 
+    target = getattr(find_backend(device, to_run=False), "target", None)
+    if target is None:
+        raise ConfigError(f"--soc names a chip and goes with --device npu or cuda, not {device}")
     return target(soc=soc)
 
 

@@ -16,6 +16,7 @@ HEAVY = ("torch._inductor", "torch._dynamo", "triton", "torch_npu", "transformer
 LAZY = (
     "qcompile.compile",  # loaded by its entry point, when somebody compiles
     "qcompile.huggingface",  # derives from transformers' classes; loaded when somebody asks for one of its names
+    "qcompile.backends.cuda.device.",  # Triton code: loaded when a kernel runs
 )
 
 
@@ -55,7 +56,7 @@ names = [module.name for module in pkgutil.walk_packages(qcompile.__path__, "qco
 import qcompile.passes
 names += [module.name for module in pkgutil.iter_modules(qcompile.passes.__path__, "qcompile.passes.")]
 for name in names:
-    if name not in {LAZY!r}:
+    if not name.startswith({LAZY!r}):
         importlib.import_module(name)
         heavy = [loaded for loaded in set(sys.modules) - before if loaded.startswith({HEAVY!r})]
         assert not heavy, f"{{name}} loads {{heavy[:3]}}"
@@ -163,5 +164,5 @@ def test_the_import_law():
         broken += [f"{name} imports qcompile.{part}" for part in inside(ever) & NEVER.get(kind, set())]
         if name.startswith("qcompile.passes."):
             broken += [f"{name} imports {part} absolutely" for part in ever if part.split(".")[0] == "passes"]
-        broken += [f"{name} loads {part}" for part in loaded if part.startswith(HEAVY) and name not in LAZY]
+        broken += [f"{name} loads {part}" for part in loaded if part.startswith(HEAVY) and not name.startswith(LAZY)]
     assert broken == []

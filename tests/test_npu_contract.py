@@ -165,7 +165,7 @@ def test_the_command_line_plans_for_any_chip(checkpoint):
     reasons = " ".join(site["reason"] for site in shown["sites"])
     assert "Ascend310P computes it in float16, not bfloat16" in reasons
     refused = run(app, ["inspect", str(checkpoint), "--soc", "Ascend310P3"])
-    assert "--soc names an Ascend chip and goes with --device npu" in str(refused.exception)
+    assert "--soc names a chip and goes with --device npu or cuda, not cpu" in str(refused.exception)
 
 
 # -------------------------------------------------------------------------------------------------------------- fuzz

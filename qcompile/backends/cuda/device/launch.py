@@ -1,0 +1,100 @@
+"""Launching the Triton kernels: tiles for the rows at hand, outputs, and what differs between GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import tiles
+from ..layouts import COLUMNS
+from ..targets import Target, current
+from ..tiles import Tiles, grid_blocks
+from .dequantize import dequantize
+from .float_product import float_product
+
+MANY_ROWS = 1024  # of a Linear: from here on, the weight is dequantized slice by slice for the vendor's product
+SLICE_BYTES = 16 * 2**20  # of such a slice, so that it stays in the L2 cache
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _path(device: str) -> dict[str, bool]:
+    """PTX: inline assembly of NVIDIA's; WIDE: float32, as the interpreter has no bfloat16."""
+    return {"PTX": device == "cuda" and not torch.version.hip and not _INTERPRETED, "WIDE": _INTERPRETED}
+
+
+@functools.cache
+def _attached(index: int | None) -> Target:
+    if index is None or not torch.cuda.is_available():
+        return current()
+    with torch.cuda.device(index):
+        return current()
+
+
+def float_linear(
+    x: Tensor, codes: Tensor, pairs: Tensor, bias: Tensor | None, ends: Tensor | None, bits: int, wgmma: bool,
+    group: int, centered: bool, out: int, splits: int,
+) -> Tensor:  # fmt: skip
+    """``qcompile_cuda::float_linear``: x [rows, in] -> [rows, out] in its dtype, or float32 [splits, rows, out].
+
+    ends: int32 [experts] for rows that are sorted by expert, None for one weight. splits 0: as many as are right for
+    so many rows, and summed here; others were asked from ``tiles.choose`` for this number of rows.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, experts = x.shape[0], 0 if ends is None else ends.shape[0]
+    stored_out, columns = pairs.shape[-2], codes.shape[-1] // (2 * bits)
+    if not rows:
+        return x.new_empty((splits, 0, out), dtype=torch.float32) if splits else x.new_empty((0, out))
+    if ends is None and rows >= MANY_ROWS and not splits:
+        return _with_vendor(x, codes, pairs, bias, bits, wgmma, group, centered, out)
+    chosen = tiles.choose(rows, experts, stored_out, columns, bits, _attached(x.device.index))
+    count = splits or chosen.splits
+    if columns % (count * chosen.bk):  # splits that were chosen for another GPU
+        chosen = dataclasses.replace(chosen, bk=COLUMNS)
+    partial = count > 1 or splits > 0
+    y = x.new_empty((count, rows, out), dtype=torch.float32) if partial else x.new_empty((rows, out))
+    post = group >= chosen.bk and chosen.bm <= tiles.FEW_ROWS
+    grid = (stored_out // chosen.bn, grid_blocks(chosen, rows, experts), count)
+    float_product[grid](
+        x, codes, pairs.view(torch.int32), bias, y, ends,
+        rows, experts, out, stored_out, x.shape[1], columns, columns // count, x.stride(0),
+        BITS=bits, WGMMA=wgmma, GROUP=group, CENTERED=centered, MODE=chosen.mode,
+        EXPERTS=triton.next_power_of_2(max(1, experts)), HAS_BIAS=bias is not None and not partial,
+        EVEN=x.shape[1] == columns, PARTIAL=partial, POST=post, **_shape(chosen), **_path(x.device.type),
+        num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    return y if splits or not partial else _summed(y, bias, x.dtype)
+
+
+def _shape(chosen: Tiles) -> dict[str, int]:
+    return {"BM": chosen.bm, "BN": chosen.bn, "BK": chosen.bk, "STAGES": chosen.stages}
+
+
+def _summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    total = partial.sum(0)
+    return (total if bias is None else total + bias).to(dtype)
+
+
+def _with_vendor(
+    x: Tensor, codes: Tensor, pairs: Tensor, bias: Tensor | None, bits: int, wgmma: bool, group: int, centered: bool,
+    out: int,
+) -> Tensor:  # fmt: skip
+    stored_out, columns, bn = pairs.shape[-2], x.shape[1], 64
+    result = x.new_empty((x.shape[0], out))
+    step = max(bn, SLICE_BYTES // (columns * x.element_size()) // bn * bn)
+    scratch = x.new_empty((min(step, stored_out), columns))
+    for first in range(0, out, step):
+        some = min(step, stored_out - first)
+        grid = (some // bn, triton.cdiv(codes.shape[-1] // (2 * bits), 64))
+        dequantize[grid](
+            codes, pairs.view(torch.int32), scratch, first, stored_out, columns, codes.shape[-1] // (2 * bits),
+            BITS=bits, WGMMA=wgmma, GROUP=group, CENTERED=centered, BN=bn, BK=64, PTX=_path(x.device.type)["PTX"],
+        )  # fmt: skip
+        last = min(out, first + some)
+        torch.mm(x, scratch[: last - first].t(), out=result[:, first:last])
+    return result if bias is None else result.add_(bias)
