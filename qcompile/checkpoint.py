@@ -200,8 +200,7 @@ def load(
         backend = find_backend(device)
         settings = None if config is None else as_config(dict(config) if isinstance(config, Mapping) else config)
         survey = Survey(folder, backend, device, model, dtype, settings)
-        survey.load_floats()  # first, since QuantLinear takes over its Linear's bias
-        results = survey.load_sites(progress)
+        results = survey.load(progress)
     model = survey.model.to(device)  # buffers that no file holds
     if (head := skeleton.head_name(model)) and any(p.site.name == head for p in survey.plan.quantized):
         skeleton.untie(model)

@@ -221,10 +221,18 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantWeight]:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``model`` holds ``old``; a shared module has several names."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children would skip a second name
-            if child is old:
-                setattr(parent, name, new)
+    for parent, name in holders(model).get(id(old), ()):
+        setattr(parent, name, new)
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (parent, name) of every module, by its id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():  # named_children would skip a second name
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -60,6 +60,7 @@ class Folder:
         self._offsets: dict[str, int] = {}
         self._open: dict[str, BinaryIO] = {}
         self._pickles: dict[str, dict[str, Tensor]] = {}
+        self.bytes_read = 0
         for file, expected in _tensor_files(path, allow_pickle).items():
             self._add(file, expected)
 
@@ -81,21 +82,22 @@ class Folder:
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Load one tensor, or what it has at ``index`` of its first dimension, into memory of its own."""
         header = self.headers[name]
+        dtype, shape = DTYPES[header.dtype], header.shape if index is None else header.shape[1:]
+        size = math.prod(shape) * dtype.itemsize
+        self.bytes_read += size
         if header.file in self._pickles:
             tensor = self._pickles[header.file][name]
             return (tensor if index is None else tensor[index]).clone(memory_format=torch.contiguous_format)
-        dtype, shape = DTYPES[header.dtype], header.shape if index is None else header.shape[1:]
-        size = math.prod(shape) * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
         if header.file not in self._open:
             self._open[header.file] = (self.path / header.file).open("rb")
         file = self._open[header.file]
-        buffer = bytearray(size)
+        data = torch.empty(size, dtype=torch.uint8)  # a bytearray would be filled with zeros first
         file.seek(self._offsets[name] + (index or 0) * size)
-        if file.readinto(buffer) != size:  # type: ignore[attr-defined]
+        if file.readinto(data.numpy().data) != size:  # type: ignore[attr-defined]
             raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return data.view(dtype).view(shape)
 
     def _add(self, file: str, expected: set[str] | None) -> None:
         path = self.path / file

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .experts import find_experts
 from .float_experts import fuse, projections, slots
 from .formats import Shape, StoredSite, TensorHeader
 from .kernels import Backend, choose
-from .modules import FloatWeight, module_of, quantized_modules, replace_module
+from .modules import FloatWeight, holders, module_of, quantized_modules
 from .ops import find_kernel
 from .progress import progress_bar
 from .sites import walk_sites
@@ -31,10 +31,12 @@ from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
 
 STORED = "stored"  # the method of a site that came from a checkpoint
 _FLOATS = ("BF16", "F16", "F32", "F64")
+# What a reader may stumble over in a section that holds other kinds of values than it ever should.
+_STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Survey:
-    """What a checkpoint holds for a model. Making one reads no weights; ``load_floats`` and then ``load_sites`` do.
+    """What a checkpoint holds for a model. Making one reads no weights; ``load`` does.
 
     settings: how to quantize a float checkpoint while it is read.
     """
@@ -120,6 +122,11 @@ class Survey:
             weights = [parts.gather(site, self.pieces[site.name], found) for site in self.sites]
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{self.folder.path}: {error}") from None
+        except _STUMBLES as error:
+            raise FormatError(
+                f"{self.folder.path}: its quantization section cannot be understood as {self.format.name} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         return {weight.site.name: weight for weight in weights if weight is not None}
 
     def _slots_without(self, names: Iterable[str]) -> list[Slot]:
@@ -257,7 +264,13 @@ class Survey:
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
-    def load_floats(self) -> None:
+    def load(self, progress: bool | None) -> tuple[SiteResult, ...]:
+        """Fill the model; what became of each site."""
+        with progress_bar("loading", self.folder.size[1], progress, in_bytes=True) as advance:
+            self._load_floats(advance)  # first, since QuantLinear takes over its Linear's bias
+            return self._load_sites(advance)
+
+    def _load_floats(self, advance: Callable[..., None]) -> None:
         """Read every tensor that belongs to no quantized site, and make room for quantized experts."""
         for slot in self.slots:
             names, stored = self._places(slot)
@@ -266,6 +279,7 @@ class Survey:
             else:
                 tensor = self._read_whole(names)
             slot.fill(self._cast(tensor).to(self.device))
+            advance(slot.names[0], self.folder.bytes_read)
         quantized = {planned.site.name for planned in self.plan.quantized}
         fuse(self.model, [e for e in self.layouts if any(f"{e.name}.{p}" in quantized for p in e.projections)])
 
@@ -284,16 +298,16 @@ class Survey:
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.cast) if self.cast and tensor.is_floating_point() else tensor
 
-    def load_sites(self, progress: bool | None) -> tuple[SiteResult, ...]:
+    def _load_sites(self, advance: Callable[..., None]) -> tuple[SiteResult, ...]:
         """Read the quantized sites one by one and put a quantized module in the place of each."""
         results = []
-        with progress_bar("loading", len(self.plan.quantized), progress) as advance:
-            for planned in self.plan:
-                if not planned.quantized:
-                    results.append(SiteResult(planned, planned.bytes_after))
-                    continue
-                results.append(self._load_site(planned))
-                advance(planned.site.name)
+        self._holders = holders(self.model)  # found once, for thousands of sites
+        for planned in self.plan:
+            if not planned.quantized:
+                results.append(SiteResult(planned, planned.bytes_after))
+                continue
+            results.append(self._load_site(planned))
+            advance(planned.site.name, self.folder.bytes_read)
         self.plan = dataclasses.replace(self.plan, sites=tuple(result.planned for result in results))
         return tuple(results)
 
@@ -315,7 +329,8 @@ class Survey:
             file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
             raise type(error)(f"{self.folder.path}{file}: {error}") from None
         quantized = module_of(planned, moved(packed, self.device), bias)
-        replace_module(self.model, module, quantized)
+        for parent, key in self._holders[id(module)]:
+            setattr(parent, key, quantized)
         return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.buffers()), sqnr)
 
     def _planned_again(self, planned: PlannedSite, scheme: Scheme) -> PlannedSite:

@@ -267,6 +267,21 @@ def test_a_module_that_is_not_of_transformers(tmp_path):
 # ------------------------------------------------------------------------------------------- saves that do not finish
 
 
+def test_the_bar_counts_bytes(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    seen = []
+    from rich.progress import Progress
+
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda *a, **k: (seen.append(k["completed"]), update(*a, **k)))
+    qcompile.load(checkpoint[1], progress=True)
+    with storage.Folder(checkpoint[1]) as folder:
+        assert folder.size[1] == seen[-1]
+    assert seen == sorted(seen)
+    assert len(seen) > 14
+    assert "kB" in capsys.readouterr().err
+
+
 def test_an_existing_folder_is_not_touched_unasked(checkpoint, copied):
     before = files(copied)
     with pytest.raises(ConfigError, match="copied exists; pass overwrite=True"):
@@ -485,6 +500,32 @@ def test_two_files_that_claim_the_same_tensor(copied):
     (copied / "model.safetensors").unlink()
     with pytest.raises(FormatError, match=rf"a\.safetensors and its index disagree about {NORM}"):
         qcompile.load(copied)
+
+
+def hub_cache(cache: Path, folder: Path, repository: str) -> None:
+    """Lay a folder out as huggingface_hub keeps what it has downloaded."""
+    root, revision = cache / f"models--{repository.replace('/', '--')}", "0" * 39 + "1"
+    shutil.copytree(folder, root / "snapshots" / revision)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+
+
+def test_hub_ids_are_found_in_the_cache_without_a_network(checkpoint, tmp_path, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    hub_cache(tmp_path, checkpoint[1], "somebody/some-model-w4")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert torch.equal(logits(qcompile.load("somebody/some-model-w4")), logits(checkpoint[0]))
+    assert len(qcompile.inspect("somebody/some-model-w4")) == 15
+    qcompile.convert("somebody/some-model-w4", tmp_path / "out", format="modelslim")
+    with pytest.raises(ConfigError, match=r"'somebody/other' is neither a folder nor in the local hub cache"):
+        qcompile.load("somebody/other")
 
 
 def test_folders_that_are_no_checkpoints(copied, tmp_path):

@@ -150,7 +150,7 @@ def _refused(name: str, what: str) -> UnsupportedError:
 
 def _size(name: str, arguments: Mapping[str, Any], key: str, default: int | None) -> int | None:
     value = arguments.get(key, default)
-    if value is not None and type(value) is not int:
+    if type(value) is not int and (value is not None or default is not None):
         raise FormatError(f"config.json: the group that targets {name} has {key} {value!r}")
     return value
 
@@ -163,7 +163,7 @@ def _weight(name: str, arguments: Mapping[str, Any], layout: Any) -> WeightType:
         "int": ("tensor", "channel", "group"),
         "float": ("tensor", "channel", "group", "block", "tensor_group"),
     }
-    if kind not in known or strategy not in known[kind]:
+    if not (isinstance(kind, str) and isinstance(strategy, str)) or strategy not in known.get(kind, ()):
         raise _refused(name, f"weights are {bits}-bit {kind}, quantized per {strategy}")
     if "group" in strategy and (size is None or size < 1):
         raise FormatError(
