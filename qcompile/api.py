@@ -19,7 +19,7 @@ from .config import QuantConfig, as_config
 from .errors import CalibrationError, ConfigError, UnsupportedError
 from .experts import ExpertsLayout, find_experts
 from .float_experts import fuse, parts, projections, unfuse
-from .memory import return_memory
+from .memory import Timeline, return_memory
 from .modules import (
     FloatWeight,
     QuantExperts,
@@ -98,7 +98,7 @@ def quantize(
     CalibrationError (weights that are NaN, infinite or not loaded; data that is missing or cannot be used). Activations
     that turn out NaN or infinite are a CalibrationError, too; the model is then quantized up to that block only.
     """
-    started = time.perf_counter()
+    started, timeline = time.perf_counter(), Timeline()
     _check_model(model)
     settings = None if isinstance(config, Plan) else as_config(config)
     rare = RareExperts(rare_experts, expert_tokens)
@@ -113,18 +113,25 @@ def quantize(
     _check_weights(model, decided, experts)
     folder, unused = _resume_folder(resume, model, decided, inputs, rare)
     notes += unused
+    timeline.mark("planned")
+
+    def install(planned: PlannedSite, packed: PackedWeight | None) -> SiteResult:
+        result = _quantize_site(model, planned, packed)
+        timeline.mark(planned.site.name)
+        return result
 
     fuse(model, _affected(experts, decided))
     calibration = Calibration(
         model, decided, graph, example_inputs, inputs, rare, folder,
         weight_of=lambda planned: _float_module(model, planned).weight.detach(),
-        install=lambda planned, packed: _quantize_site(model, planned, packed),
+        install=install,
     )  # fmt: skip
     quantized = calibration.run(progress)
     results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
     _check_coverage(model, decided)
     records = _rewrite(graph, decided, model) if graph is not None else ()
     notes += (*calibration.notes, *_untie(model, decided))
+    timeline.mark("rewritten")
     report_ = Report(
         type(model).__name__,
         decided,
@@ -132,6 +139,8 @@ def quantize(
         seconds=time.perf_counter() - started,
         passes=records,
         notes=notes,
+        expert_tokens=calibration.expert_tokens,
+        memory=tuple(timeline.moments),
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     set_state(model, State(decided, report_, graph))

@@ -183,6 +183,11 @@ class Calibration:
                 found.append(f"{site}: {_listed(rare, of_site)}, too few: rounded to nearest")
         return tuple(found)
 
+    @property
+    def expert_tokens(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """For each site of experts, how many tokens every expert saw."""
+        return tuple((site, tuple(counts)) for site, counts in self._counts.items())
+
     def _parts(self) -> list[Segment]:
         """All parts up to the last that has a site which needs data."""
         parts = list(self.runner.parts)

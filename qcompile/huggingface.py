@@ -51,7 +51,7 @@ class TransformersConfig(QuantizationConfigMixin):
             raise ConfigError(f"quant_method is {METHOD!r} here, not {quant_method!r}")
         for name in options.keys() - _OPTIONS:
             raise ConfigError(f"quantize has no option {name!r}.{did_you_mean(name, _OPTIONS)}")
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.config = as_config(config)
         self.options = options
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import numerics, ops, plugins
 from .errors import ConfigError
+from .notebook import show_reports
 from .ops import FLOAT
 from .types import PackedWeight, PlannedSite, Scheme, SiteResult, State
 
@@ -251,6 +252,7 @@ def set_state(model: nn.Module, state: State | None) -> None:
     attributes.pop("save_pretrained", None)
     if state is not None:
         attributes["_qcompile"] = state
+        show_reports()
         if hasattr(model, "save_pretrained"):
             attributes["save_pretrained"] = MethodType(save_pretrained, model)
 

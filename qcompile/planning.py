@@ -105,6 +105,7 @@ def _plan_site(config: QuantConfig, site: Site, backend: Backend) -> PlannedSite
         options=tuple(sorted(options.items())),
         kernel=f"{backend.name}.{kernel.name}",
         bytes_after=kernel.nbytes(site, scheme) + 4 * len(params) * max(1, site.experts),
+        refusals=refusals,
     )
 
 

@@ -6,6 +6,7 @@ are merged: ``model.layers.{0..93}.self_attn.q_proj``. The plain data always has
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .types import GraphRecord, PassRecord, Plan, Report, SiteResult
+from .types import GraphRecord, Moment, PassRecord, Plan, Report, SiteResult
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a dotted name: 3 in layers.3, not 1 in fc1
 _SHOWN_RUNS = 6
@@ -32,6 +33,7 @@ def report_text(report: Report) -> str:
     lines += _site_tables(report.sites)
     lines += _totals(report.plan, report.sites, bytes_after(report))
     lines += _section("notes", all_notes(report))
+    lines += _section("memory", memory_lines(report.memory))
     lines += _section("passes", [line for record in report.passes for line in _pass_lines(record)])
     lines += _section("compiled graphs", [line for graph in report.graphs for line in _graph_lines(graph)])
     return "\n".join(lines)
@@ -50,6 +52,8 @@ def report_dict(report: Report) -> dict[str, Any]:
         "coverage": report.coverage,
         **_facts(report.plan, report.sites, bytes_after(report)),
         "notes": list(all_notes(report)),
+        "expert_tokens": {site: list(tokens) for site, tokens in report.expert_tokens},
+        "memory": [dataclasses.asdict(moment) for moment in report.memory],
         "passes": [_pass_dict(record) for record in report.passes],
         "graphs": [
             {
@@ -63,6 +67,13 @@ def report_dict(report: Report) -> dict[str, Any]:
             for graph in report.graphs
         ],
     }
+
+
+def plan_html(plan: Plan, *, page: bool = True) -> str:
+    """A plan as one self-contained HTML page, or (``page=False``) as a fragment to embed in another."""
+    from .webpage import html_page
+
+    return html_page(f"Plan for {plan.device}", [Report("", plan, _planned(plan))], page=page)
 
 
 def report_html(report: Report, *, page: bool = True) -> str:
@@ -172,6 +183,50 @@ def _span(values: Sequence[float]) -> str:
         return ""
     low, high = decibel(min(values)), decibel(max(values))
     return low if low == high else f"{low.removesuffix(' dB')}..{high}"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """Sites that one kernel runs, for the same reason: why no better kernel does."""
+
+    kernel: str
+    count: int
+    bytes: int
+    refusals: str
+
+
+def kernel_rows(results: Sequence[SiteResult]) -> list[KernelRow]:
+    """The kernels that were chosen, and why better ones were refused, most bytes first."""
+    alike: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for result in results:
+        if result.planned.kernel:
+            alike[result.planned.kernel, result.planned.refusals].append(result.bytes_after)
+    found = [KernelRow(kernel, len(own), sum(own), why) for (kernel, why), own in alike.items()]
+    return sorted(found, key=lambda row: -row.bytes)
+
+
+def site_cells(result: SiteResult) -> dict[str, str]:
+    """Column title → text of one site."""
+    planned, site = result.planned, result.planned.site
+    return {
+        "Site": site.name,
+        "Shape": str(list(site.shape)),
+        "Scheme": str(planned.scheme) if planned.scheme else "float",
+        "Kernel": planned.kernel,
+        "Bytes": f"{size(site.float_bytes)} → {size(result.bytes_after)}",
+        "Signal to noise": decibel(result.sqnr) if result.sqnr is not None else "",
+    }
+
+
+def memory_lines(moments: Sequence[Moment]) -> list[str]:
+    """Where the memory of the process began, what it was at most, and how it ended."""
+    if not moments:
+        return []
+    first, last, most = moments[0], moments[-1], max(moments, key=lambda moment: moment.resident_bytes)
+    return [
+        f"{size(first.resident_bytes)} at the start, at most {size(most.resident_bytes)} ({most.what}), "
+        f"{size(last.resident_bytes)} at the end"
+    ]
 
 
 def decibel(value: float) -> str:
@@ -319,6 +374,7 @@ def _site_dict(result: SiteResult) -> dict[str, Any]:
         "scheme": str(planned.scheme) if planned.scheme else None,
         "method": planned.method or None,
         "kernel": planned.kernel or None,
+        "kernels_refused": planned.refusals or None,
         "reason": planned.reason or site.obstacle,
         "tied_to": site.tied_to or None,
         "bytes_before": site.float_bytes,

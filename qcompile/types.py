@@ -14,8 +14,8 @@ from .errors import FormatError
 from .schemes import ActivationType, Scheme, WeightType
 
 __all__ = [
-    "ActivationType", "GraphRecord", "PackedWeight", "PassRecord", "Plan", "PlannedSite", "Report", "Scheme", "Site",
-    "SiteResult", "State", "WeightType",
+    "ActivationType", "GraphRecord", "Moment", "PackedWeight", "PassRecord", "Plan", "PlannedSite", "Report", "Scheme",
+    "Site", "SiteResult", "State", "WeightType",
 ]  # fmt: skip
 
 
@@ -172,7 +172,10 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """The answer for one site: its scheme (None stays float), method and kernel, and the reason."""
+    """The answer for one site: its scheme (None stays float), method and kernel, and the reason.
+
+    ``refusals`` says why each better kernel for this scheme cannot run it; it is a part of the reason, too.
+    """
 
     site: Site
     scheme: Scheme | None
@@ -181,6 +184,7 @@ class PlannedSite:
     options: tuple[tuple[str, object], ...] = ()
     kernel: str = ""
     bytes_after: int = 0
+    refusals: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -235,6 +239,11 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        from .reporting import plan_html
+
+        return plan_html(self, page=False)
+
 
 @dataclass(frozen=True)
 class SiteResult:
@@ -275,8 +284,21 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """The memory of this process at one time of a run: ``seconds`` after its start, when ``what`` was done."""
+
+    seconds: float
+    resident_bytes: int
+    what: str
+
+
+@dataclass(frozen=True)
 class Report:
-    """What was done, what was not, and why; numbers per site. Prints as a table."""
+    """What was done, what was not, and why; numbers per site. Prints as a table.
+
+    ``expert_tokens`` holds, for sites of experts that were calibrated, how many tokens of the data each expert saw.
+    ``memory`` is empty where the system does not tell.
+    """
 
     model: str
     plan: Plan
@@ -285,6 +307,8 @@ class Report:
     passes: tuple[PassRecord, ...] = ()
     graphs: tuple[GraphRecord, ...] = ()
     notes: tuple[str, ...] = ()
+    expert_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    memory: tuple[Moment, ...] = ()
 
     @property
     def coverage(self) -> float:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import pictures
 from .reporting import (
-    NUMBER,
     all_notes,
     bytes_after,
     footnotes,
     graph_summary,
+    kernel_rows,
     largest_error,
-    number_runs,
     pass_summary,
     refusals,
     rows,
+    site_cells,
     size,
 )
-from .types import Report, SiteResult
+from .types import Report
 
 
 def html_page(
@@ -55,14 +55,15 @@ def _html_section(report: Report) -> dict[str, Any]:
     quantized = [row for row in merged if row.scheme]
     marks, notes = footnotes(quantized)
     schemes = list(dict.fromkeys(row.scheme for row in quantized))
-    coverage = _coverage(report.sites, schemes)
+    coverage = pictures.coverage_map(report.sites, schemes)
+    errors, error_legend = pictures.error_map(report.sites)
     passes = [("quantization", record) for record in report.passes]
     passes += [(graph.inputs, record) for graph in report.graphs for record in graph.passes]
     return {
         "model": report.model,
         "device": plan.device,
         "schemes": schemes,
-        "seconds": f"{report.seconds:.1f} s",
+        "seconds": f"{report.seconds:.1f} s" if report.seconds else "",
         "quantized": len(plan.quantized),
         "total": len(plan),
         "before": plan.bytes_before,
@@ -73,6 +74,13 @@ def _html_section(report: Report) -> dict[str, Any]:
         "float_rows": [row for row in merged if not row.scheme],
         "coverage": coverage,
         "mixed": any(cell["kind"] == "mixed" for strip in coverage for cell in strip["cells"]),
+        "bars": pictures.byte_bars(report, schemes),
+        "errors": errors,
+        "error_legend": error_legend,
+        "experts": pictures.expert_map(report.expert_tokens),
+        "memory": pictures.memory_line(report.memory),
+        "kernels": kernel_rows(report.sites),
+        "sites": [site_cells(result) for result in report.sites],
         "notes": all_notes(report),
         "passes": [
             {"where": where, "record": record, "summary": pass_summary(record), "refusals": refusals(record)}
@@ -80,39 +88,3 @@ def _html_section(report: Report) -> dict[str, Any]:
         ],
         "graphs": [{"inputs": graph.inputs, "summary": graph_summary(graph)} for graph in report.graphs],
     }
-
-
-def _coverage(results: Sequence[SiteResult], schemes: Sequence[str]) -> list[dict[str, Any]]:
-    """The map of layers (columns) × sites (rows): per cell the scheme's number, "float", "mixed" or "none".
-
-    The first number of a name is its layer; what else is counted (experts) falls into one cell.
-    """
-    strips: dict[str, dict[int | None, list[SiteResult]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        name = result.planned.site.name
-        first = NUMBER.search(name)
-        label = name if first is None else f"{name[: first.start()]}#{NUMBER.sub('*', name[first.end() :])}"
-        strips[label][int(first.group()) if first else None].append(result)
-    layers = sorted({layer for cells in strips.values() for layer in cells if layer is not None})
-    coverage = []
-    for label, cells in strips.items():
-        columns = [None] if None in cells else layers
-        drawn = [{"column": column, **_cell(cells.get(column, []), schemes)} for column in columns]
-        where: dict[str, list[int]] = defaultdict(list)
-        for cell in drawn:
-            where[cell["text"]].append(cell["column"])
-        if columns == [None]:
-            summary = drawn[0]["text"]
-        else:
-            summary = "; ".join(f"layers {number_runs(at).strip('{}')}: {text}" for text, at in where.items())
-        coverage.append({"label": label, "cells": drawn, "summary": summary})
-    return coverage
-
-
-def _cell(results: Sequence[SiteResult], schemes: Sequence[str]) -> dict[str, Any]:
-    names = sorted({str(r.planned.scheme) if r.planned.scheme else "float" for r in results})
-    if not names:
-        return {"kind": "none", "text": "no such site"}
-    if len(names) > 1:
-        return {"kind": "mixed", "text": " and ".join(names)}
-    return {"kind": "float" if names == ["float"] else f"scheme-{schemes.index(names[0]) % 6}", "text": names[0]}

@@ -5,12 +5,15 @@ import html.parser
 import json
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qcompile import reporting
-from qcompile.types import GraphRecord, PassRecord, Plan, PlannedSite, Report, Scheme, Site, SiteResult
+from qcompile import pictures, reporting
+from qcompile.modules import set_state
+from qcompile.types import GraphRecord, Moment, PassRecord, Plan, PlannedSite, Report, Scheme, Site, SiteResult, State
 from qcompile.webpage import html_page
 
 SITES = {"self_attn.q_proj": (64, 32), "self_attn.k_proj": (32, 32), "mlp.down_proj": (32, 96)}
@@ -171,6 +174,10 @@ def checked(text: str) -> list[tuple[str, dict]]:
     return checker.tags
 
 
+def picture_labels(text: str) -> list[str]:
+    return [attributes["aria-label"] for _, attributes in checked(text) if attributes.get("role") == "img"]
+
+
 class TestHtml:
     def test_offline_and_well_formed(self):
         text = reporting.report_html(model_report(94))
@@ -182,15 +189,66 @@ class TestHtml:
         assert len(text) < 200_000
 
     def test_coverage_map_has_text_alternatives(self):
-        labels = [
-            a["aria-label"] for _, a in checked(reporting.report_html(model_report(28))) if a.get("role") == "img"
-        ]
-        assert labels == [
+        labels = picture_labels(reporting.report_html(model_report(28)))
+        assert labels[:6] == [
             "model.layers.#.self_attn.q_proj: layers 0..27: w4a16_g128",
             "model.layers.#.self_attn.k_proj: layers 0..27: w4a16_g128",
             "model.layers.#.mlp.down_proj: layers 0..27: w4a16_g128",
             "lm_head: float",
+            "before: w4a16_g128: 344.1 kB, sites that stay float: 32.8 kB, embeddings, norms, the rest: 1.0 kB",
+            "after: w4a16_g128: 86.0 kB, sites that stay float: 32.8 kB, embeddings, norms, the rest: 1.0 kB",
         ]
+
+    def test_errors_are_shaded_from_the_largest_on(self):
+        report = model_report(3)
+        worse = dataclasses.replace(report.sites[4], sqnr=10.0)  # k_proj of layer 1
+        strips, legend = pictures.error_map((*report.sites[:4], worse, *report.sites[5:]))
+        (k_proj,) = [strip for strip in strips if "k_proj" in strip["label"]]
+        assert [cell["kind"] for cell in k_proj["cells"]] == ["heat-4", "heat-0", "heat-4"]
+        assert k_proj["summary"] == "layers 0: 20.0 dB; layers 1: 10.0 dB; layers 2: 20.2 dB"
+        assert [step["text"] for step in legend][::4] == ["10.0 to 12.0 dB", "18.2 to 20.2 dB"]
+
+    def test_experts_that_saw_nothing_are_empty(self):
+        report = dataclasses.replace(model_report(1), expert_tokens=(("layers.0.experts.up", (0, 4, 400)),))
+        (strip,) = pictures.expert_map(report.expert_tokens)
+        assert [cell["kind"] for cell in strip["cells"]] == ["tokens-0", "tokens-1", "tokens-4"]
+        assert "layers.0.experts.up: 0 to 400 tokens, 1 experts saw none" in picture_labels(report.to_html())
+
+    def test_memory(self):
+        moments = (Moment(0.0, 100, "start"), Moment(1.0, 400, "layers.0"), Moment(4.0, 200, "rewritten"))
+        report = dataclasses.replace(model_report(1), memory=moments)
+        drawn = pictures.memory_line(moments, width=8, height=4)
+        assert drawn["line"] == "0.0,3.0 2.0,0.0 8.0,2.0"
+        assert picture_labels(report.to_html())[-1] == "100 B at the start, at most 400 B (layers.0), 200 B at the end"
+        assert "100 B at the start, at most 400 B (layers.0), 200 B at the end" in str(report)
+        assert report.to_dict()["memory"][1] == {"seconds": 1.0, "resident_bytes": 400, "what": "layers.0"}
+        assert pictures.memory_line(()) is None
+
+    def test_kernels_chosen_and_refused(self):
+        sites = [planned("a"), dataclasses.replace(planned("b"), kernel="reference", refusals="int4pack: too <small>")]
+        report = Report("M", Plan("cpu", tuple(sites)), tuple(SiteResult(p, p.bytes_after) for p in sites))
+        assert [(row.kernel, row.count, row.refusals) for row in reporting.kernel_rows(report.sites)] == [
+            ("int4pack", 1, ""), ("reference", 1, "int4pack: too <small>")
+        ]  # fmt: skip
+        assert "int4pack: too &lt;small&gt;" in report.to_html()
+        assert report.to_dict()["sites"][1]["kernels_refused"] == "int4pack: too <small>"
+
+    def test_a_notebook_shows_a_quantized_model_as_its_report(self, monkeypatch):
+        shown = {}
+        formatter = SimpleNamespace(for_type=shown.__setitem__)
+        shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"text/html": formatter}))
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+        model = torch.nn.Linear(2, 2)
+        set_state(model, State(model_report(1).plan, model_report(1)))
+        ((kind, to_html),) = shown.items()
+        assert isinstance(model, kind)
+        assert "TestForCausalLM" in to_html(model)
+        assert to_html(torch.nn.Linear(2, 2)) is None
+
+    def test_a_plan_has_no_errors(self):
+        text = model_report(2).plan._repr_html_()
+        assert len(picture_labels(text)) == 6
+        assert "dB" not in re.sub("<p class.*", "", text)
 
     def test_experts_share_a_cell(self):
         sites = [planned(f"l.{i}.e.{j}.up", "w8a16" if j else None) for i in range(2) for j in range(3)]
