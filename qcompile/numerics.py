@@ -52,7 +52,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             packed |= parts[..., i] << (bits * i)
         return packed
     shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes[..., None] >> shifts) & 1).flatten(-2)
+    stream = ((_repeated(codes, bits) >> shifts) & 1).flatten(-2)
     stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weights).sum(-1, dtype=torch.uint8)
@@ -67,9 +67,14 @@ def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
         parts = [(packed >> (bits * i)) & mask for i in range(8 // bits)]
         return torch.stack(parts, -1).flatten(-2)[..., :n]
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    stream = ((packed[..., None] >> shifts) & 1).flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))
+    stream = ((_repeated(packed, 8) >> shifts) & 1).flatten(-2)[..., : n * bits].unflatten(-1, (n, bits))
     weights = (1 << torch.arange(bits, device=packed.device)).to(torch.uint8)
     return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def _repeated(values: Tensor, times: int) -> Tensor:
+    """Each value so many times: [..., times], without a copy. Shifts of torch_npu do not broadcast their left side."""
+    return values[..., None].expand(*values.shape, times)
 
 
 # --------------------------------------------------------------------------------------------------------- weights

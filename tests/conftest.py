@@ -7,6 +7,13 @@ import hypothesis
 import pytest
 import torch
 
+if os.environ.get("QCOMPILE_NPU"):  # set by ``python tests/npu``
+    import torch_npu  # noqa: F401
+
+    collect_ignore = []
+else:
+    collect_ignore = ["npu"]  # it needs torch_npu, which changes torch, and a process and an environment of its own
+
 hypothesis.settings.register_profile(
     "qcompile",
     deadline=None,
