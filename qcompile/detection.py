@@ -16,7 +16,6 @@ _OTHERS = {  # what else quant_method says, and what to do about it
     "quanto": "weights of optimum-quanto; load them with transformers, or quantize the float model",
     "hqq": "weights of HQQ; load them with transformers, or quantize the float model",
     "eetq": "weights of EETQ, in the layout of its CUDA kernels; quantize the float model",
-    "mxfp4": "fused experts in MXFP4 as gpt-oss has them; load them with transformers, which dequantizes them",
     "aqlm": "codebooks of AQLM; load them with transformers",
     "vptq": "codebooks of VPTQ; load them with transformers",
     "quip": "codebooks of QuIP#; quantize the float model",

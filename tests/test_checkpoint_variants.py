@@ -196,6 +196,69 @@ def test_deepseek_with_a_layer_that_predicts_further_tokens(tmp_path):
     assert torch.equal(logits(qcompile.load(tmp_path / "ct", progress=False)), logits(loaded))
 
 
+# ------------------------------------------------------------------------------------------------ gpt-oss in MXFP4
+
+
+def gpt_oss_folder(folder: Path):
+    """A small gpt-oss as OpenAI stores it; the float model with what transformers makes of the same bytes."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = tiny_moe("gpt_oss")
+    model.save_pretrained(folder)
+    fused = {}
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            for own in ("gate_up_proj", "down_proj"):
+                experts, inn, rows = getattr(module, own).shape
+                blocks = torch.randint(0, 256, (experts, rows, inn // 32, 16), dtype=torch.uint8)
+                scales = torch.randint(120, 126, (experts, rows, inn // 32), dtype=torch.uint8)
+                fused |= {f"{name}.{own}_blocks": blocks, f"{name}.{own}_scales": scales}
+                weight = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+                getattr(module, own).data.copy_(weight.view(experts, inn, rows))
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            del tensors[name]
+        tensors |= fused
+
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    rewrite(folder, pack, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+    return model
+
+
+def test_gpt_oss(tmp_path):
+    model = gpt_oss_folder(tmp_path / "oss")
+    loaded = qcompile.load(tmp_path / "oss", progress=False)
+    assert {n.rpartition(".")[2]: str(m.scheme) for n, m in quantized_modules(loaded).items()} == {
+        "gate_up_proj": "wmxfp4a16", "down_proj": "wmxfp4a16",
+    }  # fmt: skip
+    assert relative_error(logits(loaded), logits(model)) < 1e-5
+    qcompile.convert(tmp_path / "oss", tmp_path / "ct", format="compressed-tensors", progress=False)
+    assert torch.equal(logits(qcompile.load(tmp_path / "ct", progress=False)), logits(loaded))
+    qcompile.save(loaded, tmp_path / "saved")
+    assert torch.equal(logits(qcompile.load(tmp_path / "saved", progress=False)), logits(loaded))
+    with pytest.raises(UnsupportedError, match="mxfp4: it is only read; use compressed-tensors"):
+        qcompile.save(loaded, tmp_path / "again", format="mxfp4")
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda t, n: t.pop(f"{n}_scales"), r"gate_up_proj_scales is missing, but .*gate_up_proj_blocks is there"),
+        (
+            lambda t, n: t.update({f"{n}_blocks": t[f"{n}_blocks"][:, :, :, :8].clone()}),
+            r"U8 \[8, 128, 4, 8\], but must",
+        ),
+        (lambda t, n: t[f"{n}_scales"].fill_(255), "gate_up_proj_scales holds NaN"),
+    ],
+)
+def test_damaged_gpt_oss(edit, says, tmp_path):
+    gpt_oss_folder(tmp_path / "oss")
+    rewrite(tmp_path / "oss", lambda tensors: edit(tensors, "model.layers.1.mlp.experts.gate_up_proj"))
+    with pytest.raises(FormatError, match=says):
+        qcompile.load(tmp_path / "oss", progress=False)
+
+
 # ----------------------------------------------------------------------------------- compressed-tensors of other times
 
 
@@ -249,3 +312,52 @@ def test_scales_of_a_quantized_cache_are_never_ignored(changes, says, tmp_path):
     rewrite(tmp_path / "saved", lambda tensors: tensors.update({key: torch.ones(1)}), section | changes)
     with pytest.raises((UnsupportedError, FormatError), match=says):
         qcompile.inspect(tmp_path / "saved")
+
+
+# ------------------------------------------------------------------------------------------- ModelSlim, mixed per layer
+
+
+def modelslim_folder(folder: Path) -> torch.nn.Module:
+    """A DeepSeek-V3 with the mixture that its recipes for Ascend have: by layer, W8A8 and W4A8, some of it float."""
+    rules = [
+        {"match": "*.kv_b_proj", "scheme": "float"},
+        {"match": "*.o_proj", "scheme": "w8a16_asym"},
+        {"match": "re:model\\.layers\\.1\\.mlp\\.experts", "scheme": "w4a8"},
+    ]
+    model = qcompile.quantize(tiny_moe("deepseek_v3"), {"scheme": "w8a8", "rules": rules}, progress=False)
+    qcompile.save(model, folder, format="modelslim")
+    return model
+
+
+def test_a_mixture_of_types_as_modelslim_has_for_deepseek(tmp_path):
+    model = modelslim_folder(tmp_path / "mixed")
+    described = json.loads((tmp_path / "mixed" / "quant_model_description.json").read_text())
+    layer = "model.layers.1"
+    for name, kind in {
+        f"{layer}.mlp.experts.7.gate_proj.scale_bias": "W4A8_DYNAMIC",
+        f"{layer}.mlp.shared_experts.up_proj.weight": "W8A8_DYNAMIC",
+        f"{layer}.self_attn.o_proj.weight_offset": "W8A16",
+        f"{layer}.self_attn.kv_b_proj.weight": "FLOAT",
+        f"{layer}.mlp.gate.weight": "FLOAT",
+    }.items():
+        assert described[name] == kind
+    assert torch.equal(logits(qcompile.load(tmp_path / "mixed", progress=False)), logits(model))
+    qcompile.convert(tmp_path / "mixed", tmp_path / "ct", format="compressed-tensors", progress=False)
+    assert torch.equal(logits(qcompile.load(tmp_path / "ct", progress=False)), logits(model))
+
+
+def test_a_description_counts_before_the_section_of_the_checkpoint_that_was_quantized_once_more(tmp_path):
+    model = modelslim_folder(tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(qcompile.load(tmp_path / "mixed", progress=False)), logits(model))
+
+
+@pytest.mark.parametrize("key", ["kv_cache_type", "kv_quant_type", "fa_quant_type"])
+def test_caches_that_a_description_quantizes(key, tmp_path):
+    modelslim_folder(tmp_path / "mixed")
+    file = tmp_path / "mixed" / "quant_model_description.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "C8"}))
+    with pytest.raises(UnsupportedError, match=rf"the description has {key} 'C8', which is not supported"):
+        qcompile.inspect(tmp_path / "mixed")

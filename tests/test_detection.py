@@ -138,7 +138,6 @@ def test_a_header_that_claims_more_than_the_file_holds(copied):
         ("quanto", "weights of optimum-quanto"),
         ("hqq", "weights of HQQ"),
         ("eetq", "weights of EETQ"),
-        ("mxfp4", "fused experts in MXFP4"),
         ("nothing-known", "'nothing-known' is not read; known formats: awq, compressed-tensors, fp8, gptq"),
     ],
 )

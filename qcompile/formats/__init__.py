@@ -17,7 +17,7 @@ from torch import Tensor
 from ..types import PackedWeight, Scheme
 
 Shape = tuple[int, ...]  # [out, in]
-Get = Callable[[str], Tensor]
+Get = Callable[..., Tensor]  # of a stored name, and maybe an index of its first dimension
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Format:
         raise NotImplementedError
 
     def read(self, site: StoredSite, get: Get) -> PackedWeight:
-        """The canonical weight of ``site``; ``get`` loads a tensor by its stored name."""
+        """The canonical weight of ``site``; ``get`` loads a tensor by its stored name, or one slice of it."""
         raise NotImplementedError
 
     def read_bias(self, site: StoredSite, get: Get) -> Tensor | None:
