@@ -46,11 +46,13 @@ def llm_compressor(method: str, scheme: str, model: Path, data: Path, out: Path,
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-    from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda self: self  # its AWQ asks for it without a GPU too
     bits, activation, group, symmetric = parsed(scheme)
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group" if group else "channel"}
     weights |= {"group_size": group} if group else {}
