@@ -20,7 +20,7 @@ from .. import plugins
 from ..fused_ops import DEFINITIONS
 from ..moe import run_float_experts
 from ..numerics import quantize_activation
-from ..ops import activation_of, compute_experts, find_kernel, scheme_of
+from ..ops import activation_of, compute_experts, compute_linears, find_kernel, scheme_of
 from .base import Result, described, replace, semantic_name, value_key
 from .canonicalize import KEPT
 
@@ -34,6 +34,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "scaled_linear": lambda x, weight, bias, scheme, kernel, out, dtype: find_kernel(kernel).scaled_linear(
         x, weight, bias, scheme_of(scheme), out, dtype
     ),
+    "linears": compute_linears,
     "experts": run_float_experts,
     "quant_experts": compute_experts,
     **DEFINITIONS,

@@ -18,11 +18,12 @@ from .canonicalize import Canonicalize
 from .fuse_gated_act_quant import FuseGatedActQuant
 from .fuse_norm_quant import FuseNormQuant
 from .lower import Lower
+from .merge_linears import MergeLinears
 from .pack_activations import PackActivations
 from .share_activation_quant import ShareActivationQuant
 
 BUILT_IN: tuple[Callable[[], Pass], ...] = (
-    Canonicalize, ShareActivationQuant, PackActivations, FuseNormQuant, FuseGatedActQuant,
+    Canonicalize, ShareActivationQuant, PackActivations, MergeLinears, FuseNormQuant, FuseGatedActQuant,
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Kernel:
     takes_words = False  # whether 4-bit activations may also come as words of eight (``numerics.pack_int4``)
     scales_like_input = False  # whether scales must have the dtype of float activations, and are rounded to it
     portable = True  # whether torch alone can run its operations, as a package made ahead of time must be
+    merges = False  # whether ``linears`` is one product, and pays
 
     def computes(self, scheme: Scheme) -> bool:
         """Whether this kernel is about such numbers at all; if not, its refusal is no news."""
@@ -84,6 +85,25 @@ class Kernel:
         inputs = numerics.dequantize_activation(x, scheme.activation)
         exact = self._dequantize(weight, scheme, inputs.shape[-1], torch.float64)
         return F.linear(inputs, exact, None if bias is None else bias.double()).to(dtype)
+
+    def refuses_merging(self, weights: Sequence[Sequence[Tensor]], scheme: Scheme, outs: Sequence[int]) -> str:
+        """Why ``linears`` of such (fake) weights is not to be called; asked of a kernel that ``merges``."""
+        return ""
+
+    def linears(
+        self,
+        x: Sequence[Tensor],
+        weights: Sequence[Sequence[Tensor]],
+        biases: Sequence[Tensor | None],
+        scheme: Scheme,
+        outs: Sequence[int],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """Several Linears of the same input: x is [float] or what ``scaled_linear`` takes; the result of each."""
+        each = zip(weights, biases, outs, strict=True)
+        if scheme.activation is None:
+            return [self.linear(x[0], weight, bias, scheme, out) for weight, bias, out in each]
+        return [self.scaled_linear(x, weight, bias, scheme, out, dtype) for weight, bias, out in each]
 
     def grouped_linear(
         self,

@@ -115,6 +115,36 @@ def _(x, weight, bias, scheme, kernel, out_features, dtype):
     return x[0].new_empty(*x[0].shape[:-1], out_features, dtype=dtype)
 
 
+def compute_linears(x, weights, biases, scheme, kernel, out_features, dtype):
+    """What ``qcompile::linears`` computes, in traceable torch code."""
+    each = len(weights) // len(out_features)
+    parts = [weights[i : i + each] for i in range(0, len(weights), each)]
+    return find_kernel(kernel).linears(x, parts, biases, scheme_of(scheme), out_features, dtype)
+
+
+@torch.library.custom_op("qcompile::linears", mutates_args=())
+def linears(
+    x: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    scheme: str,
+    kernel: str,
+    out_features: list[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Several ``linear``s, or ``scaled_linear``s, of the same input under one scheme: the result of each.
+
+    x: [float], or what ``scaled_linear`` takes; weights: the tensors of the first weight, then of the second, ...
+    The pass ``merge_linears`` makes them; the definition is one Linear after the other.
+    """
+    return compute_linears(x, weights, biases, scheme, kernel, out_features, dtype)
+
+
+@linears.register_fake
+def _(x, weights, biases, scheme, kernel, out_features, dtype):
+    return [x[0].new_empty(*x[0].shape[:-1], out, dtype=dtype) for out in out_features]
+
+
 @torch.library.custom_op("qcompile::experts", mutates_args=())
 def experts(
     x: Tensor,

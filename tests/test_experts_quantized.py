@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import qcompile
 from qcompile import api, gates
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, UnsupportedError
 from qcompile.modules import FloatWeight, QuantExperts, QuantLinear, quantized_modules, state_of
 from qcompile.numerics import dequantize_activation, dequantize_packed, quantize_activation
 from qcompile.trace import Traced, bind, trace
@@ -253,6 +253,14 @@ class TestTokens:
             assert relative_error(actual, expected) < 1e-5
         assert experts(x[:0], torch.zeros((0, 2), dtype=torch.long), torch.zeros((0, 2))).shape == (0, 128)
 
+    @pytest.mark.parametrize("wrong", [8, -1])
+    def test_experts_that_do_not_exist_are_named_in_debug_mode(self, wrong, monkeypatch):
+        experts = quantized("gpt_oss", "w8a16", monkeypatch).model.layers[0].mlp.experts
+        ids = torch.tensor([[3, wrong]])
+        monkeypatch.setenv("QCOMPILE_DEBUG", "1")
+        with pytest.raises(UnsupportedError, match=rf"chose experts {min(3, wrong)} to {max(3, wrong)}, .* 0 to 7"):
+            experts(torch.randn(1, 128), ids, torch.ones(1, 2))
+
 
 class TestBadWeights:
     def test_weights_that_are_not_finite_or_not_there(self):
@@ -317,6 +325,7 @@ def test_thirty_billion_parameters_are_traced_planned_and_rewritten_in_a_gibibyt
     assert facts["matches"] == [48 * 4, 48]
     assert facts["nodes"][1] < 6000
     assert facts["peak"] < 1.5 * 2**30
+    assert facts["cpu"] < 40
 
 
 PEAK = """

@@ -68,6 +68,8 @@ def unavailable() -> str:
         return f"its library cannot be stored or loaded: {error} ({CACHE_VARIABLE} names another folder)"
     torch.library.register_fake(f"{LIBRARY}::linear", _fake)
     torch.library.register_fake(f"{LIBRARY}::scaled_linear", _fake)
+    torch.library.register_fake(f"{LIBRARY}::linears", _fakes)
+    torch.library.register_fake(f"{LIBRARY}::scaled_linears", _fakes)
     return ""
 
 
@@ -159,3 +161,8 @@ def _compile(level: str, compiler: str, folder: Path) -> Path:
 def _fake(x, *rest):
     out_features, dtype = rest[-2:]
     return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+
+
+def _fakes(x, *rest):
+    *_, out_features, dtype = rest
+    return [x.new_empty((*x.shape[:-1], out), dtype=dtype) for out in out_features]

@@ -58,6 +58,7 @@ class Native(Kernel):
     name = "native"
     kinds = ("linear", "experts")
     portable = False  # it needs its library
+    merges = True  # one run over the panels of all weights, which stay where they are
 
     def computes(self, scheme: Scheme) -> bool:
         return scheme.weight.number == "int"
@@ -152,6 +153,34 @@ class Native(Kernel):
         dtype: torch.dtype,
     ) -> Tensor:
         return self._multiply(x, None, weight, bias, scheme, out, dtype)
+
+    def refuses_merging(self, weights: Sequence[Sequence[Tensor]], scheme: Scheme, outs: Sequence[int]) -> str:
+        if any(Prepared.named(weight, scheme).permutation is not None for weight in weights):
+            return "each of them has an order of input features of its own"
+        return ""
+
+    def linears(
+        self,
+        x: Sequence[Tensor],
+        weights: Sequence[Sequence[Tensor]],
+        biases: Sequence[Tensor | None],
+        scheme: Scheme,
+        outs: Sequence[int],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        assert not native.unavailable()
+        parts = [Prepared.named(weight, scheme) for weight in weights]
+        codes, scales = [part.codes for part in parts], [part.scales for part in parts]
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        inputs, *params = x
+        zero = 2 ** (scheme.weight.bits - 1)
+        if scheme.activation is None:
+            return torch.ops.qcompile_cpu.linears(inputs, codes, scales, zeros, biases, zero, outs, dtype)
+        sums = [part.sums for part in parts]
+        return torch.ops.qcompile_cpu.scaled_linears(
+            inputs, params[0], params[1] if len(params) > 1 else None, codes, scales, zeros, sums, biases, zero, outs,
+            dtype,
+        )  # fmt: skip
 
     def grouped_linear(
         self,

@@ -147,9 +147,11 @@ struct Item {
   int64_t expert, begin, end;
 };
 
-// ends: where the rows of each expert end, or none for one that has all. Items are small enough to busy all threads.
-std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& weight, int64_t rows, int64_t planes) {
-  const int64_t wanted = ceil_div(4 * at::get_num_threads(), weight.panels);
+// ends: where the rows of each expert end, or none for one that has all. Items are small enough to busy all threads
+// with the `panels` that each of them meets.
+std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& weight, int64_t panels, int64_t rows,
+                           int64_t planes) {
+  const int64_t wanted = ceil_div(4 * at::get_num_threads(), panels);
   const int64_t most = std::clamp<int64_t>(ceil_div(rows * planes, wanted), 48, kItemRows);
   std::vector<Item> items;
   int64_t begin = 0;
@@ -231,21 +233,34 @@ void multiply_panel(const Weight& weight, const Activations<Mode>& x, const Item
   finish(scratch.sums.data(), item, x.planes, panel, out);
 }
 
+// A weight, what is multiplied with it, and where the products go.
+struct Job {
+  const Weight& weight;
+  std::vector<Item> items;
+  Output out;
+  int64_t tasks() const { return static_cast<int64_t>(items.size()) * weight.panels; }
+};
+
 // Threads take some panels after others, which lie together in memory. Each output has one thread, which sums in a
 // fixed order.
 template <class Mode>
-void multiply_all(const Weight& weight, const Activations<Mode>& x, const std::vector<Item>& items, const Output& out) {
-  const int64_t tasks = static_cast<int64_t>(items.size()) * weight.panels, threads = at::get_num_threads();
+void multiply_all(const Activations<Mode>& x, const std::vector<Job>& jobs) {
+  std::vector<int64_t> ends;  // of the tasks of each job
+  for (const Job& job : jobs) ends.push_back(job.tasks() + (ends.empty() ? 0 : ends.back()));
+  const int64_t tasks = ends.back(), threads = at::get_num_threads();
   const int64_t share = std::max<int64_t>(1, tasks / (16 * threads));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     Scratch scratch;
     for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) {
       for (int64_t task = begin; task < std::min(begin + share, tasks); ++task) {
-        const Item& item = items[task / weight.panels];
-        const int64_t panel = task % weight.panels;
-        if (weight.four_bits) multiply_panel<Mode, Codes4>(weight, x, item, panel, out, scratch);
-        else multiply_panel<Mode, Codes8>(weight, x, item, panel, out, scratch);
+        const auto index = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+        const Job& job = jobs[index];
+        const int64_t own = task - (ends[index] - job.tasks());
+        const Item& item = job.items[own / job.weight.panels];
+        const int64_t panel = own % job.weight.panels;
+        if (job.weight.four_bits) multiply_panel<Mode, Codes4>(job.weight, x, item, panel, job.out, scratch);
+        else multiply_panel<Mode, Codes8>(job.weight, x, item, panel, job.out, scratch);
       }
     }
   });
@@ -267,47 +282,104 @@ Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
 
 Tensor matrix(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
+// Each weight times the same rows: [..., out] each. Weights must share their groups.
 template <class Mode>
-Tensor multiplied(const Activations<Mode>& x, const Weight& weight, const optional<Tensor>& bias,
-                  const optional<Tensor>& ends, at::IntArrayRef sizes, int64_t out_features, at::ScalarType dtype) {
-  TORCH_CHECK(ceil_div(out_features, kPanel) == weight.panels, "qcompile_cpu: ", out_features,
-              " output features do not fit ", weight.panels, " panels of ", kPanel);
-  TORCH_CHECK(!bias || bias->numel() == out_features, "qcompile_cpu: the bias must be [", out_features, "]");
-  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  auto shape = sizes.vec();
-  shape.back() = out_features;
-  const Tensor result = at::empty(shape, at::TensorOptions(dtype));
-  const Output out{static_cast<char*>(result.data_ptr()), type_of(dtype), out_features,
-                   bias ? added.data_ptr<float>() : nullptr};
-  multiply_all(weight, x, items_of(ends, weight, x.rows / x.planes, x.planes), out);
-  return result;
+std::vector<Tensor> multiplied(const Activations<Mode>& x, const std::vector<Weight>& weights,
+                               const std::vector<optional<Tensor>>& biases, const optional<Tensor>& ends,
+                               at::IntArrayRef sizes, at::IntArrayRef out_features, at::ScalarType dtype) {
+  std::vector<Tensor> results, added;
+  std::vector<Job> jobs;
+  int64_t panels = 0;
+  for (const Weight& weight : weights) panels += weight.panels;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& weight = weights[i];
+    const optional<Tensor>& bias = biases[i];
+    TORCH_CHECK(ceil_div(out_features[i], kPanel) == weight.panels, "qcompile_cpu: ", out_features[i],
+                " output features do not fit ", weight.panels, " panels of ", kPanel);
+    TORCH_CHECK(weight.features == x.features && weight.group == weights[0].group,
+                "qcompile_cpu: weights of one product must have the same input features and groups");
+    TORCH_CHECK(!bias || bias->numel() == out_features[i], "qcompile_cpu: the bias must be [", out_features[i], "]");
+    added.push_back(bias ? bias->to(at::kFloat).contiguous() : Tensor());
+    auto shape = sizes.vec();
+    shape.back() = out_features[i];
+    results.push_back(at::empty(shape, at::TensorOptions(dtype)));
+    const Output out{static_cast<char*>(results[i].data_ptr()), type_of(dtype), out_features[i],
+                     bias ? added[i].data_ptr<float>() : nullptr};
+    jobs.push_back({weight, items_of(ends, weight, panels, x.rows / x.planes, x.planes), out});
+  }
+  multiply_all(x, jobs);
+  return results;
+}
+
+std::vector<Tensor> times_floats(const Tensor& x, const std::vector<Weight>& weights,
+                                 const std::vector<optional<Tensor>>& biases, const optional<Tensor>& ends,
+                                 at::IntArrayRef out_features, at::ScalarType dtype) {
+  TORCH_CHECK(x.size(-1) <= weights[0].features, "qcompile_cpu: x ", x.sizes(), " is wider than the weight's ",
+              weights[0].features);
+  return multiplied(quantized(matrix(x), weights[0]), weights, biases, ends, x.sizes(), out_features, dtype);
+}
+
+std::vector<Tensor> times_codes(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros,
+                                const std::vector<Weight>& weights, const std::vector<optional<Tensor>>& biases,
+                                const optional<Tensor>& ends, at::IntArrayRef out_features, at::ScalarType dtype) {
+#if defined(QCOMPILE_VNNI)
+  using Mode = Narrow;
+#else
+  using Mode = Wide;
+#endif
+  const Tensor rows = matrix(x), row_scales = x_scales.contiguous();
+  const optional<Tensor> row_zeros = x_zeros ? optional<Tensor>(x_zeros->contiguous()) : std::nullopt;
+  TORCH_CHECK(x.size(-1) <= weights[0].features, "qcompile_cpu: x ", x.sizes(), " is wider than the weight's ",
+              weights[0].features);
+  TORCH_CHECK((row_scales.numel() == 1 || row_scales.numel() == rows.size(0)) &&
+                  (!row_zeros || row_zeros->numel() == 1 || row_zeros->numel() == rows.size(0)),
+              "qcompile_cpu: scales and zero points of x must be [rows] or [1], not ", x_scales.sizes());
+  return multiplied(placed<Mode>(rows, row_scales, row_zeros, weights[0]), weights, biases, ends, x.sizes(),
+                    out_features, dtype);
 }
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const optional<Tensor>& zeros,
               const optional<Tensor>& bias, const optional<Tensor>& ends, int64_t zero, int64_t out_features,
               at::ScalarType dtype) {
   const Weight weight(codes, scales, zeros, std::nullopt, zero, ends.has_value());
-  TORCH_CHECK(x.size(-1) <= weight.features, "qcompile_cpu: x ", x.sizes(), " is wider than the weight's ", weight.features);
-  return multiplied(quantized(matrix(x), weight), weight, bias, ends, x.sizes(), out_features, dtype);
+  return times_floats(x, {weight}, {bias}, ends, {out_features}, dtype)[0];
 }
 
 Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros, const Tensor& codes,
                      const Tensor& scales, const optional<Tensor>& zeros, const Tensor& sums,
                      const optional<Tensor>& bias, const optional<Tensor>& ends, int64_t zero, int64_t out_features,
                      at::ScalarType dtype) {
-#if defined(QCOMPILE_VNNI)
-  using Mode = Narrow;
-#else
-  using Mode = Wide;
-#endif
   const Weight weight(codes, scales, zeros, sums, zero, ends.has_value());
-  const Tensor rows = matrix(x), row_scales = x_scales.contiguous();
-  const optional<Tensor> row_zeros = x_zeros ? optional<Tensor>(x_zeros->contiguous()) : std::nullopt;
-  TORCH_CHECK(x.size(-1) <= weight.features, "qcompile_cpu: x ", x.sizes(), " is wider than the weight's ", weight.features);
-  TORCH_CHECK((row_scales.numel() == 1 || row_scales.numel() == rows.size(0)) &&
-                  (!row_zeros || row_zeros->numel() == 1 || row_zeros->numel() == rows.size(0)),
-              "qcompile_cpu: scales and zero points of x must be [rows] or [1], not ", x_scales.sizes());
-  return multiplied(placed<Mode>(rows, row_scales, row_zeros, weight), weight, bias, ends, x.sizes(), out_features, dtype);
+  return times_codes(x, x_scales, x_zeros, {weight}, {bias}, ends, {out_features}, dtype)[0];
+}
+
+// The weights of several linears: all have zeros and sums, or none has.
+std::vector<Weight> several(at::TensorList codes, at::TensorList scales, at::TensorList zeros, at::TensorList sums,
+                            int64_t zero) {
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const auto of = [i](at::TensorList list) { return list.empty() ? std::nullopt : optional<Tensor>(list[i]); };
+    weights.emplace_back(codes[i], scales[i], of(zeros), of(sums), zero, false);
+  }
+  return weights;
+}
+
+std::vector<optional<Tensor>> vector_of(const c10::List<optional<Tensor>>& tensors) {
+  return std::vector<optional<Tensor>>(tensors.begin(), tensors.end());
+}
+
+std::vector<Tensor> linears(const Tensor& x, at::TensorList codes, at::TensorList scales, at::TensorList zeros,
+                            const c10::List<optional<Tensor>>& biases, int64_t zero, at::IntArrayRef out_features,
+                            at::ScalarType dtype) {
+  return times_floats(x, several(codes, scales, zeros, {}, zero), vector_of(biases), std::nullopt, out_features, dtype);
+}
+
+std::vector<Tensor> scaled_linears(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros,
+                                   at::TensorList codes, at::TensorList scales, at::TensorList zeros,
+                                   at::TensorList sums, const c10::List<optional<Tensor>>& biases, int64_t zero,
+                                   at::IntArrayRef out_features, at::ScalarType dtype) {
+  return times_codes(x, x_scales, x_zeros, several(codes, scales, zeros, sums, zero), vector_of(biases), std::nullopt,
+                     out_features, dtype);
 }
 
 }  // namespace
@@ -319,9 +391,15 @@ TORCH_LIBRARY(qcompile_cpu, m) {
         "int out_features, ScalarType dtype) -> Tensor");
   m.def("scaled_linear(Tensor x, Tensor x_scales, Tensor? x_zeros, Tensor codes, Tensor scales, Tensor? zeros, "
         "Tensor sums, Tensor? bias, Tensor? ends, int zero, int out_features, ScalarType dtype) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor?[] biases, int zero, "
+        "int[] out_features, ScalarType dtype) -> Tensor[]");
+  m.def("scaled_linears(Tensor x, Tensor x_scales, Tensor? x_zeros, Tensor[] codes, Tensor[] scales, Tensor[] zeros, "
+        "Tensor[] sums, Tensor?[] biases, int zero, int[] out_features, ScalarType dtype) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {
   m.impl("linear", qcompile::linear);
   m.impl("scaled_linear", qcompile::scaled_linear);
+  m.impl("linears", qcompile::linears);
+  m.impl("scaled_linears", qcompile::scaled_linears);
 }
