@@ -7,13 +7,15 @@ usage, 130 interrupted. Everything heavy is imported inside the commands, so tha
 from __future__ import annotations
 
 import json
+import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_views
+from .cli_options import Checkpoint, Device, Json, Overwrite, Soc, chip, progress, stderr, writable, write
 from .errors import ConfigError, QcompileError
 
 if TYPE_CHECKING:
@@ -24,31 +26,24 @@ app = typer.Typer(
     help="Quantized models through the compiler, on any device.",
     epilog="Start with: [bold]qcompile demo[/]. Then: [bold]qcompile quantize FLOAT_FOLDER NEW_FOLDER --config rtn[/]",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a hub id in the local cache.", show_default=False),
-]
-Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
-Soc = Annotated[str | None, typer.Option(help="Chip to plan for, such as Ascend910B (npu) or sm_80 (cuda).")]
-Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
-
 
 def main() -> None:
     """Entry point of ``qcompile``."""
     try:
-        app()
+        app(prog_name="qcompile")
+    except BrokenPipeError:  # the reader has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         explained = _explained(error)
         if explained is None:
             raise
-        _stderr().print(f"error: {' '.join(str(explained).split())}", style="bold red", markup=False)
+        stderr().print(f"error: {' '.join(str(explained).split())}", style="bold red", markup=False)
         raise SystemExit(1) from None
 
 
@@ -87,9 +82,9 @@ def demo(
     if moe and model:
         raise ConfigError("--moe and --model both choose the model; give one of them")
     folder = demo_.find_model(model, moe)
-    _writable(out)
+    writable(out)
     total = sum(demo_.STEPS.values()) * (1 + len(demo_.SCHEMES))
-    with _progress() as bar:
+    with progress() as bar:
         task = bar.add_task("starting", total=total)
         pending = 0.0
 
@@ -105,7 +100,7 @@ def demo(
 
     cells = [{**row.cells(), "continuation": row.sample} for row in rows]
     reports = [row.report for row in rows if row.report]
-    _write(out, html_page("qcompile demo", reports, cells, lead=f"{folder.name} on {demo_.machine()}"))
+    write(out, html_page("qcompile demo", reports, cells, lead=f"{folder.name} on {demo_.machine()}"))
     print(f"report: {out.resolve()}")
 
 
@@ -119,20 +114,9 @@ def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False, soc
 
     from .reporting import plan_dict
 
-    with _chip(device, soc):
+    with chip(device, soc):
         plan = qcompile.inspect(path, device=device)
     print(json.dumps(plan_dict(plan), indent=2) if as_json else plan)
-
-
-def _chip(device: str, soc: str | None) -> AbstractContextManager:
-    if soc is None:
-        return nullcontext()
-    from .planning import find_backend
-
-    target = getattr(find_backend(device, to_run=False), "target", None)
-    if target is None:
-        raise ConfigError(f"--soc names a chip and goes with --device npu or cuda, not {device}")
-    return target(soc=soc)
 
 
 @app.command(epilog="Example: [bold]qcompile quantize examples/tiny_lm tiny_w4 --config rtn --report report.html[/]")
@@ -168,7 +152,7 @@ def quantize(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite to replace it")
     if report:
-        _writable(report)
+        writable(report)
 
     import qcompile
 
@@ -184,7 +168,7 @@ def quantize(
     facts = qcompile.report(model)
     qcompile.save(model, out, overwrite=overwrite)
     if report:
-        _write(report, report_html(facts))
+        write(report, report_html(facts))
     if as_json:
         print(json.dumps({"path": str(out), **report_dict(facts)}, indent=2))
         return
@@ -274,11 +258,11 @@ def evaluate(
     ids = ids[:max_tokens]
     model = qcompile.load(path, device=device)
     facts: dict[str, Any] = {"tokens": len(ids) // sequence * sequence, "sequence": sequence}
-    with _stderr().status("measuring perplexity"):
+    with stderr().status("measuring perplexity"):
         facts["perplexity"] = evaluation.perplexity(model, ids, sequence)
     if reference:
         float_model = qcompile.load(reference, device=device)
-        with _stderr().status("comparing with the reference"):
+        with stderr().status("comparing with the reference"):
             facts["reference_perplexity"] = evaluation.perplexity(float_model, ids, sequence)
             facts["divergence"] = evaluation.divergence(model, float_model, ids, sequence)
     if as_json:
@@ -288,6 +272,10 @@ def evaluate(
     if reference:
         print(f"reference  {facts['reference_perplexity']:.3f}")
         print(f"divergence {facts['divergence']:.5f} nats per token, KL(reference ‖ model)")
+
+
+for _command, _example in cli_views.COMMANDS.items():
+    app.command(epilog=f"Example: [bold]{_example}[/]")(_command)
 
 
 def _print_demo(rows: list[Row], title: str, prompt: str) -> None:
@@ -305,32 +293,3 @@ def _print_demo(rows: list[Row], title: str, prompt: str) -> None:
     for row in rows:
         line = f"  {row.scheme:15} {row.sample!r}"
         console.print(line, markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def _progress() -> Any:
-    """A bar on a terminal; in a pipe nothing until the result."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:36}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = _stderr()
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
-def _writable(file: Path) -> None:
-    """Say before the work, not after it, that a file cannot be written."""
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        what = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.absolute().parent}"
-        raise ConfigError(f"{file} {what}; name a file in an existing folder")
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror}; choose another file") from error

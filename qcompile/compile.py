@@ -86,11 +86,11 @@ def backend(
             list(example_inputs),
             inner_compile=compiler,
             config_patches=inductor,
-            decompositions=_decompositions(),
+            decompositions=decompositions(),
         )
 
 
-def _decompositions() -> dict:
+def decompositions() -> dict:
     """Inductor's, but for the activations that the passes want to find; the last pass applies the others to them."""
     from torch._inductor.decomposition import select_decomp_table
 

@@ -53,10 +53,10 @@ class Rule(_Strict):
     Roles are found in the graph: "lm_head" and "router". Scheme "float" leaves a site as it is.
     """
 
-    match: str = Field(min_length=1)
-    scheme: str
-    method: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    match: str = Field(min_length=1, description='A glob, "re:" and a regular expression, or a role.')
+    scheme: str = Field(description='A scheme such as w8a16, or "float".')
+    method: str | None = Field(default=None, description="How to quantize these (default: that of the config).")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
 
     _scheme = field_validator("scheme")(_valid_scheme)
 
@@ -86,12 +86,16 @@ class QuantConfig(_Strict):
     sites; below it ``quantize`` raises before any work.
     """
 
-    scheme: str = "w4a16_g128"
-    method: str = "rtn"
-    options: dict[str, Any] = Field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
-    minimum_coverage: float = Field(default=0.0, ge=0.0, le=1.0)
-    tracing: Literal["export", "module_walk"] = "export"
+    scheme: str = Field(default="w4a16_g128", description="The numbers of weights and activations, such as w8a8.")
+    method: str = Field(default="rtn", description="How weights are quantized, such as rtn or gptq.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method.")
+    rules: tuple[Rule, ...] = Field(default=(), description="Exceptions; the first that matches a site wins.")
+    minimum_coverage: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Share of the sites below which nothing is quantized, but an error."
+    )
+    tracing: Literal["export", "module_walk"] = Field(
+        default="export", description="How sites are found: in the exported graph, or by walking over the modules."
+    )
 
     _scheme = field_validator("scheme")(_valid_scheme)
 

@@ -48,6 +48,11 @@ def cut(module: GraphModule) -> list[Piece]:
     return [_piece(module, members[stage], stage, stages, returned) for stage in order]
 
 
+def nodes_of_block(graph: Graph, index: int) -> list[Node]:
+    """The computing nodes of decoder block ``index``, in order; empty if there are fewer blocks."""
+    return [node for node, stage in _stages(graph).items() if stage == index + 1]
+
+
 def compile_pieces(
     pieces: Sequence[Piece], module: GraphModule, compile_one: Callable[[Piece, list[Any]], Compiled]
 ) -> tuple[Compiled, int]:

@@ -37,9 +37,11 @@ def module_name(node: Node) -> str:
 def plain_name(qualified: str) -> str:
     """Strip what tracing puts around a module's name: ``L['self'].model.layers.0`` is ``model.layers.0``.
 
+    So is ``L['args'][0].model.layers.0``, of a model whose forward is decorated.
+
     A block whose forward is ``routing``'s is reached through that: ``layers.0.mlp.forward.args[0].router``.
     """
-    name = re.sub(r"^L\['\w+'\]", "", qualified).replace(".forward.args[0]", "")
+    name = re.sub(r"^L\['\w+'\](\[\d+\])?", "", qualified).replace(".forward.args[0]", "")
     name = re.sub(r"\._modules\['(\w+)'\]", r".\1", name)
     name = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", name)
     return re.sub(rf"^(_orig_mod\.|{PREFIX}\.?)+", "", name.lstrip("."))

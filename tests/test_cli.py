@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import qcompile
 from qcompile import cli, demo
+from qcompile.config import QuantConfig
 from qcompile.errors import ConfigError
 
-COMMANDS = ("demo", "inspect", "quantize", "generate", "eval")
+COMMANDS = ("demo", "inspect", "quantize", "convert", "generate", "eval", "report", "graph", "bench", "schema")
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,59 @@ class TestGenerate:
 
     def test_empty_prompt(self, folder):
         assert isinstance(invoke("generate", folder, "--prompt", "").exception, ConfigError)
+
+
+class TestReport:
+    def test_text_json_and_html(self, quantized, tmp_path):
+        page = tmp_path / "report.html"
+        result = invoke("report", quantized, "--html", page, "--json")
+        assert json.loads(result.stdout)["sites_quantized"] == 14
+        assert page.read_text().startswith("<!doctype html>")
+        assert list(tmp_path.iterdir()) == [page]  # nothing temporary is left
+        assert "14 of 15 sites quantized" in invoke("report", quantized).stdout
+
+
+class TestGraph:
+    def test_writes_a_picture_and_tells_the_changes(self, folder, tmp_path):
+        picture = tmp_path / "graph.svg"
+        result = invoke("graph", folder, "--config", "w8a8", "--block", 1, "--out", picture)
+        assert result.exit_code == 0, result.output
+        assert "- qcompile.quantize" in result.stdout
+        assert picture.read_text().startswith("<svg")
+
+    def test_no_such_block_or_pass(self, quantized, tmp_path):
+        for arguments, words in ((("--block", 9), "no decoder block 9"), (("--pass", "lowr"), "Did you mean 'lower'")):
+            result = invoke("graph", quantized, "--out", tmp_path / "graph.svg", *arguments)
+            assert result.exit_code == 1
+            assert words in str(result.exception)
+        assert not any(tmp_path.iterdir())
+
+
+class TestBench:
+    def test_measures(self, quantized):
+        arguments = ("--no-compile", "--prompt-tokens", 4, "--new-tokens", 3, "--json")
+        facts = json.loads(invoke("bench", quantized, *arguments).stdout)
+        assert facts["eager_tokens_per_second"] > 0
+        assert facts["bytes"] > 100_000
+
+
+class TestShell:
+    def test_schema_describes_every_option(self):
+        described = json.loads(invoke("schema").stdout)
+        assert described["properties"].keys() == QuantConfig.model_fields.keys()
+        for part in (described, described["$defs"]["Rule"]):
+            assert all("description" in option for option in part["properties"].values())
+            assert part["additionalProperties"] is False
+
+    def test_completes(self):
+        environment = {"_QCOMPILE_COMPLETE": "complete_bash", "COMP_WORDS": "qcompile qu", "COMP_CWORD": "1"}
+        assert shell(**environment).stdout.split() == ["quantize"]
+
+    def test_a_reader_that_leaves_is_no_error(self, quantized):
+        code = "import sys; from qcompile.cli import main; sys.argv[0] = 'qcompile'; main()"
+        line = f'{sys.executable} -c "{code}" inspect {quantized} --json | head -c 1'
+        result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+        assert (result.stdout, result.stderr) == ("{", "")
 
 
 class TestDemo:

@@ -45,7 +45,7 @@ def test_the_commands_exist_with_their_options():
         _, name, *arguments = shlex.split(line, comments=True)
         seen.add(name)
         commands[name].make_context(name, arguments)  # parses, and runs nothing
-    assert seen == {"demo", "inspect", "quantize", "convert", "generate", "eval"}
+    assert seen == {"demo", "inspect", "quantize", "convert", "generate", "eval", "report", "graph", "bench", "schema"}
 
 
 def test_the_schemes_exist_and_have_those_kernels():

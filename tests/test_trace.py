@@ -295,6 +295,7 @@ class TestNoGraph:
         ("model_under_trace.model.norm", "model.norm"),
         ("model_under_trace", ""),
         ("_orig_mod.lm_head", "lm_head"),
+        ("L['args'][0].model.layers.0", "model.layers.0"),
         ("L['self'].layers.0.mlp.forward.args[0].router", "layers.0.mlp.router"),
     ],
 )
