@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 
 import torch
 
 from qcompile import numerics
-from qcompile.backends.cuda import BACKEND
+from qcompile.backends.cuda import BACKEND, targets, tiles
 from qcompile.kernels import Kernel, choose
 from qcompile.types import PackedWeight, Scheme, Site
 
@@ -84,3 +85,73 @@ def _double(scales: torch.Tensor) -> torch.Tensor:
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     """``|result - expected| / |expected|``."""
     return ((result.double() - expected).norm() / expected.norm()).item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled kernel: for a GPU, a scheme, a number of rows and a stored weight."""
+
+    label: str
+    arch: str
+    scheme: Scheme
+    dtype: str
+    rows: int
+    experts: int
+    out: int
+    columns: int
+
+    @property
+    def capability(self) -> int:
+        return int(self.arch.removeprefix("sm_"))
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.scheme.weight.bits <= 4 else 8
+
+    @property
+    def tiles(self) -> tiles.Tiles:
+        return tiles.choose(self.rows, self.experts, self.out, self.columns, self.bits, targets.parse(self.arch))
+
+    def kernel(self):
+        from qcompile.backends.cuda.device.float_product import float_product
+
+        return float_product
+
+    @property
+    def types(self) -> dict[str, str]:
+        pointers = {"x": f"*{self.dtype}", "codes": "*u8", "words": "*i32", "ends": "*i32"}
+        return pointers | {"y": "*fp32" if self.tiles.splits > 1 else f"*{self.dtype}"}
+
+    def constants(self) -> dict:
+        from qcompile.backends.cuda.device import launch
+
+        weight, chosen = self.scheme.weight, self.tiles
+        centered = weight.symmetric and weight.bits == self.bits
+        own = launch.float_constants(chosen, self.bits, self.arch == "sm_90", weight.group_size or 0, centered)
+        common = launch.common_constants(chosen, self.experts, chosen.splits > 1, None)
+        ends = {} if self.experts else {"ends": None}
+        return {**own, **common, **ends, "bias": None, "EVEN": True, "PTX": True, "WIDE": False}
+
+
+def cases() -> list[Case]:
+    """What the gate on compiled code compiles: every scheme for one token, and the tiles of other numbers of rows."""
+    found = []
+
+    def add(scheme: str, rows: int = 1, arch: str = "sm_90", experts: int = 0, dtype: str = "bf16", big: bool = False):
+        out, columns = (24576, 4096) if big else (1536, 2048) if experts else (4096, 4096)
+        label = f"{arch} {scheme} {dtype} {f'{experts} experts ' if experts else ''}{rows}x{out}x{columns}"
+        found.append(Case(label, arch, Scheme.parse(scheme), dtype, rows, experts, out, columns))
+
+    for arch in ARCHS:
+        for scheme in ("w4a16_g128_asym", "w4a16_g64", "w4a16_g32_asym", "w4a16", "w8a16"):
+            add(scheme, arch=arch)
+        add("w4a16_g128", arch=arch, dtype="fp16")
+        add("w8a16_g128", arch=arch, dtype="fp16")
+        for rows in (1, 64, 128):
+            add("w4a16_g128", rows, arch, big=True)
+        add("w4a16_g128", 8, arch, experts=128)
+    add("w4a16_g128", 1)
+    add("w4a16_g128", 32)
+    add("w4a16_g128", 512)
+    add("w4a16_g128", 512, experts=128)
+    return found

@@ -58,21 +58,27 @@ def float_linear(
         chosen = dataclasses.replace(chosen, bk=COLUMNS)
     partial = count > 1 or splits > 0
     y = x.new_empty((count, rows, out), dtype=torch.float32) if partial else x.new_empty((rows, out))
-    post = group >= chosen.bk and chosen.bm <= tiles.FEW_ROWS
     grid = (stored_out // chosen.bn, grid_blocks(chosen, rows, experts), count)
     float_product[grid](
         x, codes, pairs.view(torch.int32), bias, y, ends,
         rows, experts, out, stored_out, x.shape[1], columns, columns // count, x.stride(0),
-        BITS=bits, WGMMA=wgmma, GROUP=group, CENTERED=centered, MODE=chosen.mode,
-        EXPERTS=triton.next_power_of_2(max(1, experts)), HAS_BIAS=bias is not None and not partial,
-        EVEN=x.shape[1] == columns, PARTIAL=partial, POST=post, **_shape(chosen), **_path(x.device.type),
-        num_warps=chosen.warps, num_stages=chosen.stages,
+        **float_constants(chosen, bits, wgmma, group, centered), **common_constants(chosen, experts, partial, bias),
+        EVEN=x.shape[1] == columns, **_path(x.device.type), num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y if splits or not partial else _summed(y, bias, x.dtype)
 
 
-def _shape(chosen: Tiles) -> dict[str, int]:
-    return {"BM": chosen.bm, "BN": chosen.bn, "BK": chosen.bk, "STAGES": chosen.stages}
+def float_constants(chosen: Tiles, bits: int, wgmma: bool, group: int, centered: bool) -> dict[str, int]:
+    """What ``float_product`` is compiled for, of the weight."""
+    post = group >= chosen.bk and chosen.bm <= tiles.FEW_ROWS
+    return {"BITS": bits, "WGMMA": wgmma, "GROUP": group, "CENTERED": centered, "POST": post}
+
+
+def common_constants(chosen: Tiles, experts: int, partial: bool, bias: Tensor | None) -> dict[str, int]:
+    """What every product is compiled for, of the call."""
+    shape = {"MODE": chosen.mode, "BM": chosen.bm, "BN": chosen.bn, "BK": chosen.bk, "STAGES": chosen.stages}
+    power = triton.next_power_of_2(max(1, experts))
+    return {**shape, "EXPERTS": power, "PARTIAL": partial, "HAS_BIAS": bias is not None and not partial}
 
 
 def _summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

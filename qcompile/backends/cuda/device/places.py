@@ -14,17 +14,20 @@ def place(ends, rows, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl
     """
     block = tl.program_id(1)
     if MODE == 0:
-        return block * 0, block * BM, rows
-    each = tl.arange(0, EXPERTS)
-    known = each < experts
-    end = tl.load(ends + each, mask=known, other=rows)
-    if MODE == 1:
-        return tl.sum((known & (end <= block)).to(tl.int32)), block, block + 1
-    begin = tl.load(ends + each - 1, mask=known & (each > 0), other=0)
-    blocks = tl.where(known, (end - begin + BM - 1) // BM, 0)
-    last = tl.cumsum(blocks)
-    expert = tl.sum((known & (last <= block)).to(tl.int32))
-    own = known & (each == expert)
-    before = tl.sum(tl.where(own, last - blocks, 0))
-    first = tl.sum(tl.where(own, begin, 0)) + (block - before) * BM
-    return expert, first, tl.sum(tl.where(own, end, 0))
+        expert, first, end = block * 0, block * BM, rows
+    else:
+        each = tl.arange(0, EXPERTS)
+        known = each < experts
+        ended = tl.load(ends + each, mask=known, other=rows)
+        if MODE == 1:
+            expert, first, end = tl.sum((known & (ended <= block)).to(tl.int32)), block, block + 1
+        else:
+            begun = tl.load(ends + each - 1, mask=known & (each > 0), other=0)
+            blocks = tl.where(known, (ended - begun + BM - 1) // BM, 0)
+            last = tl.cumsum(blocks)
+            expert = tl.sum((known & (last <= block)).to(tl.int32))
+            own = known & (each == expert)
+            before = tl.sum(tl.where(own, last - blocks, 0))
+            first = tl.sum(tl.where(own, begun, 0)) + (block - before) * BM
+            end = tl.sum(tl.where(own, ended, 0))
+    return expert, first, end

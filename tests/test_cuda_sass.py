@@ -1,0 +1,66 @@
+"""The gate on compiled code: every kernel is cross-compiled, disassembled and held to a table, without a GPU.
+
+In the main loop nothing may be spilled, moved between threads or written to shared memory; weights come 16 bytes at a
+time; the tensor-core instruction is that of the numbers; and instructions per weight stay within a tenth of
+``cuda_sass.json``. ``python tests/test_cuda_sass.py`` writes that table anew.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_cases import Case, cases
+
+TABLE = Path(__file__).with_name("cuda_sass.json")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+
+
+def loop_of(case: Case):
+    import sass
+
+    return sass.compiled(
+        case.kernel(), case.capability, case.types, case.constants(), case.tiles.warps, case.tiles.stages
+    )
+
+
+def per_weight(case: Case, instructions: int) -> float:
+    """Instructions of a thread for each weight that its program multiplies."""
+    return round(instructions * 32 * case.tiles.warps / (case.tiles.bn * case.tiles.bk), 2)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.label)
+def test_compiled_code_is_as_good_as_the_table_says(case):
+    loop, expected = loop_of(case), json.loads(TABLE.read_text())[case.label]
+    assert loop.spills == 0
+    assert loop.count("SHFL", "STS", "STSM", "LDG") == 0  # loads are asynchronous copies
+    assert loop.wide("LDGSTS") > 0
+    assert loop.tensor_core == expected["tensor_core"]
+    assert loop.registers <= 255
+    found = per_weight(case, loop.instructions)
+    assert found <= 1.1 * expected["per_weight"], f"{found} instructions per weight"
+    assert (loop.wide("LDS") > 0) == expected["wide_shared_loads"]
+
+
+def test_the_table_has_no_other_lines():
+    assert set(json.loads(TABLE.read_text())) == {case.label for case in cases()}
+
+
+if __name__ == "__main__":
+    table = {}
+    for one in cases():
+        found = loop_of(one)
+        line = {
+            "per_weight": per_weight(one, found.instructions),
+            "tensor_core": found.tensor_core,
+            "wide_shared_loads": found.wide("LDS") > 0,
+        }
+        moved = found.count("SHFL", "STS", "STSM", "LDG")
+        print(one.label, line, f"spills {found.spills}, moved {moved}, registers {found.registers}", file=sys.stderr)
+        table[one.label] = line
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
