@@ -69,6 +69,27 @@ def run(kernel: Kernel, packed: PackedWeight, x: torch.Tensor, bias: torch.Tenso
     return kernel.scaled_linear(quantized(x, packed), tensors, bias, packed.scheme, out, x.dtype)
 
 
+def run_experts(kernel: Kernel, packed: PackedWeight, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The product of rows that are sorted by expert."""
+    activation, params = packed.scheme.activation, list(packed.activation_tensors().values())
+    rows = [x]
+    if activation is not None:
+        own = [param[owner(x, ends)][:, None] for param in params]
+        rows = numerics.quantize_activation(x, activation, own) + ([] if activation.dynamic else own)
+    return kernel.grouped_linear(rows, ends, kernel.prepare(packed), packed.scheme, packed.shape[-2], x.dtype)
+
+
+def exact_experts(packed: PackedWeight, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The same in float64, row by row."""
+    own = owner(x, ends).tolist()
+    return torch.stack([exact(packed.expert(e), row[None])[0] for e, row in zip(own, x, strict=True)])
+
+
+def owner(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The expert of each row."""
+    return torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
+
+
 def exact(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product in float64."""
     inputs, activation = x.double(), packed.scheme.activation
@@ -109,28 +130,53 @@ class Case:
         return 4 if self.scheme.weight.bits <= 4 else 8
 
     @property
+    def kind(self) -> str:
+        """What ``scaled_product`` calls the numbers; "" for float activations."""
+        weight = self.scheme.weight
+        return "" if self.scheme.activation is None else "fp8" if weight.number == "fp8" else f"int{self.bits}"
+
+    @property
+    def group(self) -> int:
+        weight = self.scheme.weight
+        return weight.block[1] if weight.block else weight.group_size or 0
+
+    @property
     def tiles(self) -> tiles.Tiles:
-        return tiles.choose(self.rows, self.experts, self.out, self.columns, self.bits, targets.parse(self.arch))
+        bits, group = (16, 0) if not self.kind else (8, self.group)
+        return tiles.choose(
+            self.rows, self.experts, self.out, self.columns, self.bits, targets.parse(self.arch), bits, group
+        )
 
     def kernel(self):
-        from qcompile.backends.cuda.device.float_product import float_product
+        from qcompile.backends.cuda.device import float_product, scaled_product
 
-        return float_product
+        return scaled_product.scaled_product if self.kind else float_product.float_product
 
     @property
     def types(self) -> dict[str, str]:
-        pointers = {"x": f"*{self.dtype}", "codes": "*u8", "words": "*i32", "ends": "*i32"}
-        return pointers | {"y": "*fp32" if self.tiles.splits > 1 else f"*{self.dtype}"}
+        result = "*fp32" if self.tiles.splits > 1 else f"*{self.dtype}"
+        if not self.kind:
+            return {"x": f"*{self.dtype}", "codes": "*u8", "words": "*i32", "ends": "*i32", "y": result}
+        x, codes = {"int8": ("*i8", "*i8"), "int4": ("*i8", "*u8"), "fp8": ("*fp8e4nv", "*fp8e4nv")}[self.kind]
+        scales = "*fp32" if self.kind == "fp8" else "*i32"
+        return {"x": x, "x_scale": "*fp32", "codes": codes, "scales": scales, "ends": "*i32", "y": result}
 
     def constants(self) -> dict:
         from qcompile.backends.cuda.device import launch
 
         weight, chosen = self.scheme.weight, self.tiles
-        centered = weight.symmetric and weight.bits == self.bits
-        own = launch.float_constants(chosen, self.bits, self.arch == "sm_90", weight.group_size or 0, centered)
-        common = launch.common_constants(chosen, self.experts, chosen.splits > 1, None)
-        ends = {} if self.experts else {"ends": None}
-        return {**own, **common, **ends, "bias": None, "EVEN": True, "PTX": True, "WIDE": False}
+        partial = chosen.splits > 1
+        common = launch.common_constants(chosen, self.experts, partial, None)
+        common |= {"bias": None, "EVEN": True, "PTX": True, "WIDE": False} | ({} if self.experts else {"ends": None})
+        if not self.kind:
+            centered = weight.symmetric and weight.bits == self.bits
+            own = launch.float_constants(chosen, self.bits, self.arch == "sm_90", self.group, centered)
+            return {**common, **own}
+        rows = weight.block[0] if weight.block else 1
+        words = "" if self.kind == "fp8" else "bf16"
+        grouped = weight.block is not None
+        own = {"KIND": self.kind, "GROUP": self.group, "WORDS": words, "SCALE_ROWS": rows, "X_GROUPED": grouped}
+        return {**common, **own} | ({"x_scale": None} if partial and not grouped else {})
 
 
 def cases() -> list[Case]:
@@ -150,6 +196,14 @@ def cases() -> list[Case]:
         for rows in (1, 64, 128):
             add("w4a16_g128", rows, arch, big=True)
         add("w4a16_g128", 8, arch, experts=128)
+        for scheme in ("w8a8", "w4a8", "w4a8_g128", *(["wfp8afp8"] if arch == "sm_90" else [])):
+            for rows in (1, 128):
+                add(scheme, rows, arch, big=True)
+    for scheme in ("w8a8", "w4a8_g128", "wfp8afp8_b128x128"):
+        add(scheme, 8, experts=128)
+    add("wfp8afp8", 1, "sm_89", big=True)
+    add("wfp8afp8_b128x128", 128, big=True)
+    add("w8a8", 1024)
     add("w4a16_g128", 1)
     add("w4a16_g128", 32)
     add("w4a16_g128", 512)

@@ -6,7 +6,17 @@ The interpreter rounds float32 to bfloat16 towards zero, which the tolerance for
 import ptx
 import pytest
 import torch
-from cuda_cases import ARCHS, DTYPES, error, exact, kernel_for, packed_weight, run
+from cuda_cases import (
+    ARCHS,
+    DTYPES,
+    error,
+    exact,
+    exact_experts,
+    kernel_for,
+    packed_weight,
+    run,
+    run_experts,
+)  # fmt: skip
 
 from qcompile.backends.cuda import BACKEND, tiles
 from qcompile.backends.cuda.device import launch
@@ -44,6 +54,59 @@ def check(scheme: Scheme, arch: str, dtype: torch.dtype, rows: int, out: int, in
 def test_weight_only(scheme, arch, dtype, path):
     for rows, out, inn in ((1, 64, 512), (40, 72, 200)):
         check(Scheme.parse(scheme), arch, dtype, rows, out, inn)
+
+
+def check_quantized(scheme: str) -> None:
+    for rows, out, inn in ((1, 64, 512), (40, 72, 200), (130, 136, 256)):
+        check(Scheme.parse(scheme), "sm_90", torch.float16, rows, out, inn)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a8", "w4a8_g64", "w4a8_g128_asym_dynamic_asym", "w4a8_clip", "w4a4", "w3a8_g128"]
+)
+def test_four_bit_weights_with_quantized_activations(scheme, path):
+    check_quantized(scheme)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w8a8", "w8a8_static", "w8a8_static_sym", "w8a8_g128", "w8a8_asym_dynamic_asym", "w6a8", "wfp8afp8",
+     "wfp8afp8_static", "wfp8afp8_tensor", "wfp8afp8_b128x128"],
+)  # fmt: skip
+def test_eight_bit_weights_with_quantized_activations(scheme):
+    check_quantized(scheme)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g64", "w4a8", "wfp8afp8", "wfp8afp8_b128x128"])
+def test_sums_of_quantized_products_are_exact(scheme):
+    """float32 parts of a product hold no rounding but that of float32."""
+    parsed = Scheme.parse(scheme)
+    packed, kernel = (
+        packed_weight(parsed, (64, 1024), torch.float32),
+        kernel_for(parsed, "sm_80" if "fp8" not in scheme else "sm_89"),
+    )
+    x = torch.randn(3, 1024)
+    assert error(run(kernel, packed, x), exact(packed, x)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16_g128", "w4a16_g32_asym", "w8a16", "w8a8", "w8a8_static", "w4a8_g64", "w4a8_g128_asym", "w4a4",
+     "wfp8afp8", "wfp8afp8_tensor", "wfp8afp8_b128x128"],
+)  # fmt: skip
+@pytest.mark.parametrize("permuted", [False, True])
+def test_experts(scheme, permuted):
+    """Few rows, each with a program; many in blocks; experts without rows, at the ends as well; no rows at all."""
+    parsed, dtype = Scheme.parse(scheme), torch.float16
+    packed = packed_weight(parsed, (6, 72, 192), dtype, permuted and not parsed.weight.block)
+    kernel = kernel_for(parsed, "sm_90", dtype, experts=6)
+    for counts in ([0, 1, 0, 2, 0, 0], [3, 0, 20, 1, 0, 0], [0, 0, 0, 0, 0, 2], [0] * 6):
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        x = torch.randn(sum(counts), 192).to(dtype)
+        result = run_experts(kernel, packed, x, ends)
+        assert result.shape == (sum(counts), 72)
+        if sum(counts):
+            assert error(result, exact_experts(packed, x, ends)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -19,12 +19,13 @@ TENSOR_CORES = ("HGMMA", "HMMA", "IGMMA", "IMMA", "QGMMA", "QMMA")
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loop of a compiled kernel: instructions by name, and registers and spills of the whole kernel."""
+    """The main loop of a compiled kernel: instructions by name; and what the whole kernel takes."""
 
     instructions: int
     names: Counter[str]
     spills: int
     registers: int
+    shared: int  # bytes
 
     def count(self, *instructions: str) -> int:
         """How many there are, in any variant: "LDG" counts "LDG.E.128" but not "LDGSTS"."""
@@ -51,11 +52,12 @@ def compiled(kernel, capability: int, types: dict[str, str], constants: dict, wa
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in odd}
     options = {"num_warps": warps, "num_stages": stages}
     source = ASTSource(kernel, signature, constants, aligned)
-    return main_loop(compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"])
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return main_loop(made.asm["cubin"], made.metadata.shared)
 
 
-def main_loop(cubin: bytes) -> Loop:
-    """Of all loops that jump back, the one with the most tensor-core instructions."""
+def main_loop(cubin: bytes, shared: int) -> Loop:
+    """Of all loops that jump back, the one with the most tensor-core instructions; without any, everything."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
@@ -66,9 +68,9 @@ def main_loop(cubin: bytes) -> Loop:
         target = re.search(r"0x([0-9a-f]+)", arguments)
         if name.startswith("BRA") and target and int(target[1], 16) < address:
             loops.append([i for i in found if int(target[1], 16) <= i[0] <= address])
-    loop = max(loops, key=lambda body: sum(name.startswith(TENSOR_CORES) for _, name, _ in body))
+    loop = max(loops or [found], key=lambda body: sum(name.startswith(TENSOR_CORES) for _, name, _ in body))
     spills = sum(name.startswith(("LDL", "STL")) for _, name, _ in found)
-    return Loop(len(loop), Counter(name for _, name, _ in loop), spills, int(usage[1]) if usage else 0)
+    return Loop(len(loop), Counter(name for _, name, _ in loop), spills, int(usage[1]) if usage else 0, shared)
 
 
 def _tool(option: str, path: str) -> str:

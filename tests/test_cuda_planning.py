@@ -17,6 +17,11 @@ from qcompile.kernels import choose
 from qcompile.modules import QuantLinear
 from qcompile.types import Scheme
 
+SCALED = {
+    "w8a8": "w8a8", "w8a8_static": "w8a8", "w8a8_asym_dynamic_asym": "w8a8", "w6a8_g64": "w8a8", "w4a8": "w4a8",
+    "w4a8_g128_asym": "w4a8", "w4a8_clip": "w4a8", "w4a4": "w4a8", "w3a8": "w4a8", "wfp8afp8": "fp8",
+    "wfp8afp8_tensor_static": "fp8", "wfp8afp8_b128x128": "fp8",
+}  # fmt: skip
 WEIGHT_ONLY = ("w4a16_g128", "w4a16_g32_asym", "w4a16", "w3a16_g64", "w8a16", "w8a16_g64_asym", "w6a16")
 
 
@@ -29,9 +34,20 @@ def test_each_scheme_has_its_kernel(scheme, arch):
             assert kernel_for(Scheme.parse(scheme), arch, dtype, experts).name == f"w{bits}a16_{arch.replace('_', '')}"
 
 
+@pytest.mark.parametrize("experts", [0, 8])
+def test_quantized_activations_have_theirs(experts):
+    found = {scheme: kernel_for(Scheme.parse(scheme), "sm_89", experts=experts).name for scheme in SCALED}
+    assert found == SCALED
+    assert kernel_for(Scheme.parse("w8a8"), "gfx942").name == "w8a8"
+
+
 @pytest.mark.parametrize(
     ("arch", "scheme", "dtype", "kernel", "reason"),
     [
+        ("sm_80", "wfp8afp8", torch.bfloat16, "reference", "sm_80 does not multiply e4m3; NVIDIA GPUs do from sm_89"),
+        ("sm_90", "wfp8afp8_b64x64", torch.bfloat16, "reference", "blocks of 64 x 64 are not 128 x 128"),
+        ("sm_90", "wfp8afp8_g64", torch.bfloat16, "reference", "groups of 64: it has scales per channel"),
+        ("sm_90", "w4a8_g32", torch.bfloat16, "reference", "group size 32 is none of 64, 128, 256"),
         ("sm_75", "w4a16_g128", torch.float16, "reference", "capability 8.0, and sm_75 is older"),
         ("sm_80", "w4a16_g128", torch.float16, "w4a16_sm80", "laid out for wgmma, which sm_80 does not have"),
         ("sm_120", "w4a16_g128", torch.float16, "w4a16_sm80", "wgmma, which sm_120 does not have"),
@@ -77,18 +93,20 @@ def test_cuda_that_is_not_there_is_a_clear_error():
         qcompile.quantize(nn.Linear(8, 8), "w4a16_g128", device="cuda")
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+@pytest.mark.parametrize("scheme", [*WEIGHT_ONLY, *SCALED])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_preparing_loses_nothing_and_takes_the_bytes_of_the_plan(scheme, permuted):
     parsed = Scheme.parse(scheme)
-    for arch in ARCHS:
+    permuted = permuted and not parsed.weight.block
+    for arch in ("sm_90", "sm_89"):
         for shape in ((72, 200), (3, 72, 200)):
             packed = packed_weight(parsed, shape, torch.bfloat16, permuted)
             kernel = kernel_for(parsed, arch, experts=len(shape) == 3)
             tensors = kernel.prepare(packed)
-            restored = kernel.restore(tensors, parsed, shape)
+            restored = kernel.restore(tensors, parsed, shape, packed.activation_tensors())
             for name, tensor in packed.tensors().items():
-                assert torch.equal(restored.tensors()[name], tensor), name
+                assert restored.tensors()[name].dtype == tensor.dtype
+                assert torch.equal(restored.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
             size = sum(t.numel() * t.element_size() for t in tensors[: len(tensors) - permuted])
             experts = shape[0] if len(shape) == 3 else 0
             assert size == kernel.nbytes(site(*shape[-2:], torch.bfloat16, experts), parsed)
@@ -126,11 +144,12 @@ def test_no_room_even_for_the_result_says_what_can_be_done(monkeypatch):
         kernel.prepare(packed)
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY[:2])
+@pytest.mark.parametrize("scheme", [*WEIGHT_ONLY[:2], *SCALED])
 def test_a_model_that_left_the_gpu_runs_on_the_cpu(scheme):
-    packed = packed_weight(Scheme.parse(scheme), (72, 200), torch.bfloat16, True)
+    parsed = Scheme.parse(scheme)
+    packed = packed_weight(parsed, (72, 200), torch.bfloat16, not parsed.weight.block)
     x, bias = torch.randn(2, 3, 200).bfloat16(), torch.randn(72).bfloat16()
-    for arch in ARCHS:
+    for arch in ("sm_90", "sm_89"):
         assert error(run(kernel_for(packed.scheme, arch), packed, x, bias), exact(packed, x, bias)) < 6e-3
 
 
@@ -166,6 +185,25 @@ def test_splits_fill_the_gpu_and_divide_the_columns():
     assert tiles.choose(1, 0, 24576, 4096, 4, gpu).splits < 4
     assert tiles.choose(8, 128, 1536, 2048, 4, gpu).mode == tiles.EACH_ROW
     assert tiles.choose(512, 128, 1536, 2048, 4, gpu).mode == tiles.BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("arch", "limit"), [("sm_80", 166912), ("sm_86", 101376), ("sm_90", 232448), ("sm_120", 101376)]
+)
+def test_tiles_fit_the_shared_memory_of_a_block(arch, limit):
+    gpu = targets.parse(arch)
+    for rows in (1, 8, 32, 64, 128, 1000):
+        for bits in (4, 8):
+            for x_bits in (16, 8):
+                for experts in (0, 16):
+                    t = tiles.choose(rows, experts, 24576, 4096, bits, gpu, x_bits)
+                    assert t.stages * (t.bm * t.bk * x_bits + t.bn * t.bk * bits) // 8 + 2048 * t.stages <= limit
+
+
+def test_columns_in_another_order_do_not_go_with_blocks():
+    packed = packed_weight(Scheme.parse("wfp8afp8_b128x128"), (64, 256), torch.bfloat16, True)
+    with pytest.raises(UnsupportedError, match="permuted columns"):
+        kernel_for(packed.scheme, "sm_90").prepare(packed)
 
 
 def test_a_fake_call_has_the_shape_of_a_real_one():

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_cases import Case, cases
+from cuda_cases import ARCHS, Case, cases
 
 TABLE = Path(__file__).with_name("cuda_sass.json")
+
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448}  # bytes of a block, CUDA programming guide
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,9 +44,26 @@ def test_compiled_code_is_as_good_as_the_table_says(case):
     assert loop.wide("LDGSTS") > 0
     assert loop.tensor_core == expected["tensor_core"]
     assert loop.registers <= 255
+    assert loop.shared <= SHARED[case.arch]
     found = per_weight(case, loop.instructions)
     assert found <= 1.1 * expected["per_weight"], f"{found} instructions per weight"
     assert (loop.wide("LDS") > 0) == expected["wide_shared_loads"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group", "centered"), [(0, True), (32, False), (128, True)])
+def test_the_kernel_that_dequantizes_compiles_without_spills(arch, bits, group, centered):
+    import sass
+
+    from qcompile.backends.cuda.device.dequantize import dequantize
+
+    types = {"codes": "*u8", "words": "*i32", "y": "*bf16"}
+    constants = {"BITS": bits, "WGMMA": arch == "sm_90", "GROUP": group, "CENTERED": centered}
+    constants |= {"BN": 64, "BK": 64, "PTX": True}
+    made = sass.compiled(dequantize, int(arch.removeprefix("sm_")), types, constants, 4, 3)
+    assert made.spills == 0
+    assert made.count("STG") > 0
 
 
 def test_the_table_has_no_other_lines():

@@ -14,6 +14,7 @@ import torch
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
 from . import ops  # noqa: F401  (a graph that was lowered elsewhere calls them)
+from .scaled import Fp8, Integers
 from .targets import target
 from .weight_only import WeightOnly
 
@@ -25,7 +26,8 @@ class CUDA:
 
     name = "cuda"
     kernels: Sequence[Kernel] = (
-        WeightOnly(4, "wgmma"), WeightOnly(4, "mma"), WeightOnly(8, "wgmma"), WeightOnly(8, "mma"), Kernel(),
+        WeightOnly(4, "wgmma"), WeightOnly(4, "mma"), WeightOnly(8, "wgmma"), WeightOnly(8, "mma"), Integers(8),
+        Integers(4), Fp8(), Kernel(),
     )  # fmt: skip
 
     target = staticmethod(target)

@@ -17,15 +17,16 @@ from .targets import Target, current
 class TritonKernel(Kernel):
     """A kernel written in Triton; ``what`` completes "it computes ..." for schemes of other numbers.
 
-    ``order`` is the order in which its weight is stored: that of wgmma is for GPUs that have it, every other NVIDIA GPU
-    from Ampere on, and AMD's, take the other one.
+    ``order``, where there are several, is that in which its weight is stored: that of wgmma is for GPUs that have it,
+    every other NVIDIA GPU from Ampere on, and AMD's, take the other one.
     """
 
     portable = False  # Python launches it
     what = ""
+    order: Fragments = "int8"
 
     def __init__(self, order: Fragments) -> None:
-        self.order: Fragments = order
+        self.order = order
         self.name = f"{self.name}_{'sm90' if order == 'wgmma' else 'sm80'}"
 
     def refuses(self, site: Site, scheme: Scheme) -> str:
@@ -71,5 +72,9 @@ def in_stored_order(x: Tensor, permutation: Sequence[Tensor], ends: Tensor | Non
         return x
     if ends is None:
         return x.index_select(-1, permutation[0])
-    owner = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype, device=ends.device), right=True)
-    return x.gather(1, permutation[0].index_select(0, owner).long())
+    return x.gather(1, permutation[0].index_select(0, owners(x, ends)).long())
+
+
+def owners(rows: Tensor, ends: Tensor) -> Tensor:
+    """The expert of each of the sorted rows."""
+    return torch.searchsorted(ends, torch.arange(rows.shape[0], dtype=ends.dtype, device=ends.device), right=True)

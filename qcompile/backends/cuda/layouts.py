@@ -5,6 +5,7 @@ g + 8. Its input features are those that the instruction's left operand has in t
 
     wgmma   m64nNk16 (sm_90): 16 s + 8 b + 2 c + e         for b, e in 0, 1 (PTX ISA, "register fragments for wgmma")
     mma     as Triton orders m16n8k16: 32 s + 8 c + j      for j in 0 .. 7; of 8-bit codes 16 s + 4 c + j, 0 .. 3
+    int8    m64nNk32 and m16n8k32: 32 s + 16 b + 4 c + j   for b in 0, 1 and j in 0 .. 3
 
 Four-bit codes are ordered so that three shifts and four masks make pairs of 16-bit numbers of a word.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Fragments = Literal["wgmma", "mma"]
+Fragments = Literal["wgmma", "mma", "int8"]
 
 ROWS = 64  # output channels are padded to a multiple of this
 COLUMNS = 64  # input features are padded to a multiple of this
@@ -27,6 +28,7 @@ COLUMNS = 64  # input features are padded to a multiple of this
 _ORDERS: dict[tuple[int, str], tuple[dict[str, int], str]] = {
     (4, "wgmma"): ({"h": 2, "g": 8, "T": 0, "s": 4, "b": 2, "c": 4, "e": 2}, "RTgcsebh"),
     (4, "mma"): ({"h": 2, "g": 8, "T": 0, "s": 2, "c": 4, "p": 2, "q": 2, "e": 2}, "RTgcshepq"),
+    (4, "int8"): ({"h": 2, "g": 8, "T": 0, "s": 2, "b": 2, "c": 4, "j": 4}, "RTgcsbjh"),
     (8, "wgmma"): ({"h": 2, "g": 8, "T": 0, "s": 2, "b": 2, "c": 4, "e": 2}, "RTgcsbhe"),
     (8, "mma"): ({"h": 2, "g": 8, "T": 0, "s": 2, "c": 4, "j": 4}, "RTgcshj"),
 }

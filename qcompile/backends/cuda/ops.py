@@ -66,10 +66,57 @@ def _fake_float_linear(x, codes, pairs, bias, ends, bits, wgmma, group, centered
     return x.new_empty((x.shape[0], out))
 
 
+def _scaled_linear(*arguments):
+    from .device import launch
+
+    return launch.scaled_linear(*arguments)
+
+
+def _scaled_linear_cpu(x, x_scale, codes, scales, bias, ends, kind, group, scale_rows, x_grouped, out, splits, dtype):
+    weight = scaled_weight(codes, scales, kind, group, scale_rows, out)[..., : x.shape[1]]
+    inputs = x.double()
+    if x_grouped and x_scale is not None:
+        inputs = inputs * x_scale.double().repeat_interleave(group, -1)[:, : x.shape[1]]
+    result = _each_expert(inputs, ends, weight)
+    if splits:
+        return torch.cat([result.float()[None], result.new_zeros((splits - 1, *result.shape), dtype=torch.float32)])
+    if x_scale is not None and not x_grouped:
+        result = result * x_scale
+    return (result if bias is None else result + bias).to(dtype)
+
+
+def scaled_weight(codes: Tensor, scales: Tensor, kind: str, group: int, scale_rows: int, out: int) -> Tensor:
+    """The float64 weight [..., out, columns] of prepared tensors, without zero points."""
+    if kind == "int4":
+        stored = layouts.from_fragments(codes.flatten(0, -2), 4, "int8")
+        q = ((stored ^ 8).double() - 8).view(*codes.shape[:-2], -1, stored.shape[-1])
+    else:
+        q = codes.double()
+    if kind == "fp8":
+        spread = scales.double().repeat_interleave(min(scale_rows, out), -2)
+    else:
+        spread = scales[..., 0].transpose(-1, -2).double()
+    spread = spread.repeat_interleave(group or q.shape[-1], -1)
+    return q[..., :out, :] * spread[..., :out, : q.shape[-1]]
+
+
+def _fake_scaled_linear(x, x_scale, codes, scales, bias, ends, kind, group, scale_rows, x_grouped, out, splits, dtype):
+    if splits:
+        return x.new_empty((splits, x.shape[0], out), dtype=torch.float32)
+    return x.new_empty((x.shape[0], out), dtype=dtype)
+
+
 _define(
     "float_linear(Tensor x, Tensor codes, Tensor pairs, Tensor? bias, Tensor? ends, int bits, bool wgmma, int group, "
     "bool centered, int out, int splits) -> Tensor",
     _float_linear,
     _float_linear_cpu,
     _fake_float_linear,
+)
+_define(
+    "scaled_linear(Tensor x, Tensor? x_scale, Tensor codes, Tensor scales, Tensor? bias, Tensor? ends, str kind, "
+    "int group, int scale_rows, bool x_grouped, int out, int splits, ScalarType dtype) -> Tensor",
+    _scaled_linear,
+    _scaled_linear_cpu,
+    _fake_scaled_linear,
 )

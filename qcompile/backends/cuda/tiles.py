@@ -31,29 +31,31 @@ class Tiles:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(rows: int, experts: int, out: int, columns: int, bits: int, target: Target) -> Tiles:
+def choose(
+    rows: int, experts: int, out: int, columns: int, bits: int, target: Target, x_bits: int = 16, group: int = 0
+) -> Tiles:
     """Tiles for ``rows`` of activations and a stored weight [experts, out, columns]; experts 0: a Linear.
 
-    out and columns are those that are stored, multiples of 64.
+    out and columns are those that are stored, multiples of 64. group: a step must not be longer than that.
     """
     mode = DENSE if not experts else EACH_ROW if 2 * rows <= experts else BLOCKS
     each = rows if mode == DENSE else 1 if mode == EACH_ROW else -(-rows // experts)
-    whole = 128 if columns % 128 == 0 else 64
+    whole = min(group or 128, 128) if columns % 128 == 0 else 64
     if each > 64:
-        return _many_rows(mode, each, out, target)
+        return _many_rows(mode, each, out, min(whole, 1024 // x_bits if target.has_wgmma else 64), target)
     bm = max(16, 1 << (max(1, each) - 1).bit_length())
-    bk = whole if target.has_wgmma or bm <= FEW_ROWS else 64
+    bk = whole if target.has_wgmma or bm <= FEW_ROWS else min(whole, 1024 // x_bits)
     bn = 128 if out % 128 == 0 and out * columns >= 2**25 else 64
     blocks = -(-each // bm) if mode == DENSE else rows
     splits = _splits(blocks * (out // bn), columns, bk, target)
     return Tiles(mode, bm, bn, bk, splits, 4 if target.has_wgmma or bits == 4 else 3, 4)
 
 
-def _many_rows(mode: int, each: int, out: int, target: Target) -> Tiles:
+def _many_rows(mode: int, each: int, out: int, bk: int, target: Target) -> Tiles:
     bn = 128 if out % 128 == 0 else 64
     if target.has_wgmma and each >= 512 and mode == DENSE:
-        return Tiles(mode, 256, bn, 64, 1, 4, 8)
-    return Tiles(mode, 128, bn, 64, 1, 4 if target.has_wgmma else 3, 8)
+        return Tiles(mode, 256, bn, bk, 1, 4, 8)
+    return Tiles(mode, 128, bn, bk, 1, 4 if target.has_wgmma else 3, 8)
 
 
 def _splits(programs: int, columns: int, bk: int, target: Target) -> int:

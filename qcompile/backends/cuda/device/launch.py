@@ -16,6 +16,7 @@ from ..targets import Target, current
 from ..tiles import Tiles, grid_blocks
 from .dequantize import dequantize
 from .float_product import float_product
+from .scaled_product import scaled_product
 
 MANY_ROWS = 1024  # of a Linear: from here on, the weight is dequantized slice by slice for the vendor's product
 SLICE_BYTES = 16 * 2**20  # of such a slice, so that it stays in the L2 cache
@@ -66,6 +67,57 @@ def float_linear(
         EVEN=x.shape[1] == columns, **_path(x.device.type), num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y if splits or not partial else _summed(y, bias, x.dtype)
+
+
+def scaled_linear(
+    x: Tensor, x_scale: Tensor | None, codes: Tensor, scales: Tensor, bias: Tensor | None, ends: Tensor | None,
+    kind: str, group: int, scale_rows: int, x_grouped: bool, out: int, splits: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``qcompile_cuda::scaled_linear``: [rows, in] -> [rows, out] in ``dtype``, or float32 [splits, rows, out]."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, experts = x.shape[0], 0 if ends is None else ends.shape[0]
+    stored_out, columns = stored_shape(codes, kind)
+    if not rows:
+        return x.new_empty((splits, 0, out) if splits else (0, out), dtype=torch.float32 if splits else dtype)
+    target = _attached(x.device.index)
+    chosen = tiles.choose(rows, experts, stored_out, columns, 4 if kind == "int4" else 8, target, 8, group)
+    count = splits or 1
+    if columns % (count * chosen.bk):
+        chosen = dataclasses.replace(chosen, bk=COLUMNS)
+    y = x.new_empty((count, rows, out), dtype=torch.float32) if splits else x.new_empty((rows, out), dtype=dtype)
+    words = words_of(scales, kind)
+    scales, places = _scale_places(scales, kind)
+    grid = (stored_out // chosen.bn, grid_blocks(chosen, rows, experts), count)
+    scaled_product[grid](
+        x, None if x_scale is None else x_scale.contiguous(), codes, scales, bias, y, ends,
+        rows, experts, out, stored_out, x.shape[1], columns, columns // count, x.stride(0),
+        0 if x_scale is None or x_scale.numel() == 1 else x_scale.shape[-1], *places,
+        KIND=kind, GROUP=group, WORDS=words, SCALE_ROWS=scale_rows, X_GROUPED=x_grouped,
+        EVEN=x.shape[1] == columns, **common_constants(chosen, experts, splits > 0, bias), **_path(x.device.type),
+        num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    return y
+
+
+def _scale_places(scales: Tensor, kind: str) -> tuple[Tensor, tuple[int, int, int]]:
+    """The scales as the kernel reads them, and the strides of expert, row and group."""
+    if kind == "fp8":  # [(experts,) rows, groups]
+        return scales, (scales[0].numel() if scales.dim() == 3 else 0, scales.shape[-1], 1)
+    rows = scales.shape[-2]  # [(experts,) groups, rows, 2]
+    if scales.element_size() == 2:
+        words = scales.view(torch.int32)
+        return words, (words[0].numel() if words.dim() == 4 else 0, 1, rows)
+    return scales, (scales[0].numel() if scales.dim() == 4 else 0, 2, 2 * rows)
+
+
+def words_of(scales: Tensor, kind: str) -> str:
+    """What WORDS of ``scaled_product`` is for such scales."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(scales.dtype, "") if kind != "fp8" else ""
+
+
+def stored_shape(codes: Tensor, kind: str) -> tuple[int, int]:
+    """Padded output channels and input features of a stored weight of ``scaled_product``."""
+    return (codes.shape[-2] * 16, codes.shape[-1] // 8) if kind == "int4" else (codes.shape[-2], codes.shape[-1])
 
 
 def float_constants(chosen: Tiles, bits: int, wgmma: bool, group: int, centered: bool) -> dict[str, int]:

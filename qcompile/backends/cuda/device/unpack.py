@@ -177,3 +177,20 @@ def spread(values, BN: tl.constexpr, BK: tl.constexpr):
         parts: tl.constexpr = values.shape[1]
         result = tl.reshape(values[:, :, None].broadcast_to(BN, parts, BK // parts), (BN, BK))
     return result
+
+
+@triton.jit
+def int8_operand(stored, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr):
+    """A tile of four-bit codes in two's complement, uint8 [BN / 16, 8 * BK], as 16 times the numbers: int8 [BN, BK]."""
+    R: tl.constexpr = BN // 16
+    T: tl.constexpr = BK // 64
+    codes = tl.reshape(stored, (R, T, 8, 4, 4, 4))
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            _INT8_HIGH_NIBBLES, "=r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        low = (codes << 4).to(tl.int8, bitcast=True)
+        high = (codes & 0xF0).to(tl.int8, bitcast=True)
+    w = tl.reshape(tl.join(low, high), (R, T, 8, 4, 2, 2, 4, 2))  # R T g c s b j h -> R h g T s b c j
+    return tl.reshape(tl.trans(w, 0, 7, 2, 1, 4, 5, 3, 6), (BN, BK))

@@ -1,0 +1,98 @@
+"""Quantized activations times quantized weights: int8 x int8, int8 x int4 and e4m3 x e4m3, for a Linear and experts.
+
+Scales are applied to sums: in the end (GROUP 0), or once for each group of columns. Sums of e4m3 products are added up
+in float32 after each step of BK columns, because those inside a tensor core have 14 bits (Hopper).
+"""
+
+import triton
+import triton.language as tl
+
+from .places import place
+from .unpack import int8_operand, scales_of
+
+
+@triton.jit
+def scaled_product(
+    x, x_scale, codes, scales, bias, y, ends,
+    rows, experts, out, stored_out, columns, stored_columns, split_columns, stride_x, x_scale_row,
+    scale_expert, scale_row, scale_group,
+    KIND: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUPED: tl.constexpr,
+    MODE: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PARTIAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """y[rows, out] = x_scale * (x @ W.T) + bias, or (PARTIAL) float32 y[splits, rows, out] without x_scale and bias.
+
+    KIND: "int8", "int4" or "fp8". The scale of channel n and group g is at ``n // SCALE_ROWS * scale_row + g *
+    scale_group``; that of row m at ``m * x_scale_row``, and (X_GROUPED) one for each group after it. WORDS: the scales
+    of the weight are the lower halves of words, in "bf16" or "fp16".
+    """
+    pn, split = tl.program_id(0), tl.program_id(2)
+    expert, first, end = place(ends, rows, experts, MODE, EXPERTS, BM)
+    if first >= end:
+        return
+    om = first + tl.arange(0, BM)
+    on = pn * BN + tl.arange(0, BN)
+    live = om < end
+    start = split * split_columns
+    ok = start + tl.arange(0, BK)
+    if KIND == "int4":
+        width: tl.constexpr = BK * 8
+        tiles = (expert * (stored_out // 16) + pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
+        codes += tiles[:, None] * (stored_columns * 8) + start * 8 + tl.arange(0, width)[None, :]
+    else:
+        width: tl.constexpr = BK
+        codes += (expert * stored_out + on).to(tl.int64)[:, None] * stored_columns + ok[None, :]
+    x += om[None, :].to(tl.int64) * stride_x + ok[:, None]
+    scales += expert.to(tl.int64) * scale_expert
+    own = (on // SCALE_ROWS) * scale_row
+    if KIND == "fp8" or GROUP:
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        acc = tl.zeros((BN, BM), tl.int32)
+    for k in tl.range(0, split_columns, BK, num_stages=STAGES):
+        stored = tl.load(codes)
+        mask = live[None, :] if EVEN else live[None, :] & (ok[:, None] + k < columns)
+        inputs = tl.load(x, mask=mask, other=0.0)
+        if GROUP:
+            group = (start + k) // GROUP
+            scale = _scale(scales + group * scale_group + own, on < out, WORDS)
+        if KIND == "int4":
+            w = int8_operand(stored, BN, BK, PTX)
+        else:
+            w = stored
+        if KIND == "fp8":
+            part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.float32))
+        else:
+            part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.int32), out_dtype=tl.int32)
+        if GROUP:
+            part = part.to(tl.float32) * scale[:, None]
+            if X_GROUPED:
+                part *= tl.load(x_scale + om * x_scale_row + group, mask=live, other=0.0)[None, :]
+        acc += part
+        codes += width
+        x += BK
+    acc = acc.to(tl.float32)
+    if not GROUP:
+        acc *= _scale(scales + own, on < out, WORDS)[:, None]
+    if KIND == "int4":
+        acc *= 0.0625  # codes were multiplied in the upper half of a byte
+    written = live[None, :] & (on[:, None] < out)
+    y += om[None, :].to(tl.int64) * out + on[:, None]
+    if PARTIAL:
+        tl.store(y + split.to(tl.int64) * rows * out, acc, mask=written)
+    else:
+        if not X_GROUPED:
+            acc *= tl.load(x_scale + om * x_scale_row, mask=live, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias + on, mask=on < out, other=0.0).to(tl.float32)[:, None]
+        tl.store(y, acc.to(y.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _scale(place, known, WORDS: tl.constexpr):
+    """Scales of the weight, as float32."""
+    if WORDS == "":
+        scale = tl.load(place, mask=known, other=0.0).to(tl.float32)
+    else:
+        scale = scales_of(tl.load(place), tl.bfloat16 if WORDS == "bf16" else tl.float16)  # rows are padded
+    return scale
