@@ -37,9 +37,10 @@ def save(
 ) -> Path:
     """Write ``model`` into the folder ``path``, readable by ``load``, and in its format by transformers and vLLM.
 
-    format: "compressed-tensors" stores every scheme; "modelslim" integers of 4 and 8 bits as Ascend's tools do; "awq"
-    4-bit weights of one group size; "gptq" 2, 3, 4 and 8 bits, "gptq_v2" the same with any zero point. The last three
-    store float16 scales, and refuse others that it cannot hold. Experts are stored one by one.
+    format: "compressed-tensors" stores every scheme; "modelslim" integers of 4 and 8 bits as Ascend's tools do;
+    "cann-recipes" w8a8 Linears and w4a8 experts, clipped or not, as the CANN recipes do; "awq" 4-bit weights of one
+    group size; "gptq" 2, 3, 4 and 8 bits, "gptq_v2" the same with any zero point. The last three store float16 scales,
+    and refuse others that it cannot hold. Experts are stored one by one.
 
     A transformers model gets config.json, generation_config.json and the tokenizer files of where it came from; any
     other module gets qcompile.json, and ``load`` needs the float module. Float parts keep their dtype. transformers

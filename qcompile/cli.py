@@ -183,7 +183,7 @@ def convert(
     path: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors, gptq, gptq_v2, awq or modelslim.", show_default=False)
+        str, typer.Option(help="compressed-tensors, gptq, gptq_v2, awq, modelslim or cann-recipes.", show_default=False)
     ],
     overwrite: Overwrite = False,
 ) -> None:

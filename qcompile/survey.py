@@ -326,8 +326,9 @@ class Survey:
                 packed = _fit(packed, planned)
                 bias = self._bias(weight, module.bias)
         except (FormatError, UnsupportedError) as error:
+            is_named = str(error).startswith(str(self.folder.path))
             file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
-            raise type(error)(f"{self.folder.path}{file}: {error}") from None
+            raise type(error)(str(error) if is_named else f"{self.folder.path}{file}: {error}") from None
         quantized = module_of(planned, moved(packed, self.device), bias)
         for parent, key in self._holders[id(module)]:
             setattr(parent, key, quantized)
@@ -343,9 +344,13 @@ class Survey:
         return dataclasses.replace(planned, scheme=scheme, reason=reason, kernel=name, bytes_after=size)
 
     def read_stored(self, stored: StoredSite) -> PackedWeight:
-        """The canonical weight of one stored Linear."""
+        """The canonical weight of one stored Linear; errors name its file."""
         assert self.format is not None
-        return self.format.read(stored, self.folder.read)
+        try:
+            return self.format.read(stored, self.folder.read)
+        except (FormatError, UnsupportedError) as error:
+            file = self.folder.path / self.folder.headers[stored.tensors[0]].file
+            raise type(error)(f"{file}: {error}") from None
 
     def _bias(self, weight: parts.StoredWeight, loaded: Tensor | None) -> Tensor | None:
         """The bias of a quantized site: stored with its Linears, or else the one of the model that has been loaded.

@@ -136,6 +136,34 @@ def test_recipes_are_written_and_converted(clip, tmp_path):
         assert torch.equal(logits(qcompile.load(tmp_path / "modelslim", progress=False)), expected)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_recipes_are_written_in_their_own_layout(clip, tmp_path):
+    recipe_folder(tmp_path / "recipe", clip=clip)
+    model = qcompile.load(tmp_path / "recipe", progress=False)
+    qcompile.save(model, tmp_path / "saved", format="cann-recipes")
+    qcompile.convert(tmp_path / "recipe", tmp_path / "converted", format="cann-recipes", progress=False)
+    before = load_file(tmp_path / "recipe" / "model.safetensors")
+    for name in ("saved", "converted"):
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert before.keys() == after.keys()
+        for own, tensor in before.items():
+            same = torch.allclose if own.endswith("bias") else torch.equal  # sums, in another order
+            assert after[own].dtype == tensor.dtype
+            assert same(after[own].view(tensor.shape), tensor), own
+        groups = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["config_groups"]
+        assert [group["targets"] for group in groups.values()] == [["Linear"], ["MoEGMM"]]
+        assert groups["group_1"]["activation_use_clip"] == clip
+        assert torch.equal(logits(qcompile.load(tmp_path / name, progress=False)), logits(model))
+
+
+def test_what_recipes_cannot_express(tmp_path):
+    for scheme, says in {"w4a16_g32": "it stores w8a8", "w4a8": "is no expert and w4a8"}.items():
+        model = quantize_linears(tiny_model(), scheme)
+        with pytest.raises(UnsupportedError, match=says):
+            qcompile.save(model, tmp_path / "saved", format="cann-recipes")
+        assert not (tmp_path / "saved").exists()
+
+
 def test_recipes_whose_clips_are_not_all_there(tmp_path):
     recipe_folder(tmp_path / "recipe", clip=True)
     one = "model.layers.0.mlp.experts.3.down_proj.alpha"

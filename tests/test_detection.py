@@ -138,7 +138,10 @@ def test_a_header_that_claims_more_than_the_file_holds(copied):
         ("quanto", "weights of optimum-quanto"),
         ("hqq", "weights of HQQ"),
         ("eetq", "weights of EETQ"),
-        ("nothing-known", "'nothing-known' is not read; known formats: awq, compressed-tensors, fp8, gptq"),
+        (
+            "nothing-known",
+            "'nothing-known' is not read; known formats: awq, cann-recipes, compressed-tensors, fp8, gptq",
+        ),
     ],
 )
 def test_methods_that_are_not_read_are_named(method, says, copied):

@@ -174,6 +174,11 @@ def unpair(pairs: Tensor) -> Tensor:
     return torch.stack([pairs << 4 >> 4, pairs >> 4], 1).flatten(0, 1)
 
 
+def paired(rows: Tensor) -> Tensor:
+    """Rows int8 [2 n, in] of 4 bits as pairs int8 [n, in]; the inverse of ``unpair``."""
+    return (rows[0::2] & 15) | (rows[1::2] << 4)
+
+
 def _unsigned(values: Tensor, bits: int, name: str) -> Tensor:
     """Signed int8 numbers as unsigned codes; FormatError where they need more bits than the config says."""
     codes = (values ^ -128).view(torch.uint8) if bits == 8 else (values + 2 ** (bits - 1)).view(torch.uint8)

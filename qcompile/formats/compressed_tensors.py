@@ -15,7 +15,7 @@ written for a permuted weight with groups; 0.19 dropped it, so only older reader
 
 The CANN recipes' w4a8 experts are read as well: a group that targets "MoEGMM" with 4-bit weights in pairs of rows, the
 bits of float32 scales in int64, a bias that is 8 * sum(W) for the hardware, and with "activation_use_clip" a stored
-alpha. A clip is written as a tensor ``alpha`` beside int-quantized weights.
+alpha. A clip is written as a tensor ``alpha`` beside int-quantized weights; ``cann_recipes`` writes their own layout.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from ..errors import FormatError, UnsupportedError, shortened
 from ..types import PackedWeight, Scheme
 from . import Format, Get, Shape, StoredSite, TensorHeader
 from ._headers import FLOATS, Stored, by_module, check, every, finite
-from ._layouts import signed, unpair
+from ._layouts import paired, signed, unpair
 from ._qweight import is_permuted
 
 _FLOAT, _STATIC, _MIXED = "FLOAT", "W8A8", "W8A8_MIX"
@@ -176,7 +176,7 @@ class ModelSlim(Format):
         if packed.permutation is not None:
             codes = torch.empty_like(codes).index_copy_(1, packed.permutation.long(), codes)
         numbers, scales = signed(codes, weight.bits), packed.scales.float()
-        tensors = {"weight": _paired(numbers) if kind in ("W4A8_DYNAMIC", "W4A16") else numbers}
+        tensors = {"weight": paired(numbers) if kind in ("W4A8_DYNAMIC", "W4A16") else numbers}
         if kind == _STATIC:
             assert packed.input_scale is not None
             deq_scale = packed.input_scale * scales[:, 0]
@@ -384,11 +384,6 @@ def _input_zero(offset: Tensor, name: str) -> Tensor:
 def _offset(packed: PackedWeight) -> Tensor:
     """The zero point of its static activations, 0 where they are symmetric."""
     return torch.zeros(1, dtype=torch.int32) if packed.input_zero is None else packed.input_zero
-
-
-def _paired(numbers: Tensor) -> Tensor:
-    """Rows int8 [2 n, in] of 4 bits as pairs int8 [n, in]; the inverse of ``unpair``."""
-    return (numbers[0::2] & 15) | (numbers[1::2] << 4)
 
 
 def _scale_bias(packed: PackedWeight, chunks: int) -> Tensor:
