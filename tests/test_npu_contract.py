@@ -50,6 +50,8 @@ LINEARS = [  # scheme, sizes or dtype, kernel, reason
     ("w8a8_g128", {}, "reference", "int8: it has one scale per output channel, not groups of 128"),
     ("w8a8_static", {"out": 40}, "int8_static", "int8_static_nz: 40 output features are not a multiple of 32"),
     ("w4a8_g128", {}, "reference", "one scale per output channel or whole groups of 256, not groups of 128"),
+    ("w4a8", {"out": 8, "inn": 1}, "int8", "int8_int4: a weight of one int32 word"),
+    ("w4a16", {"out": 8, "inn": 1}, "weight_int8", "weight_int4: a weight of one int32 word"),
     ("w4a8", {"inn": 18448}, "int8_nz", "int8_int4: 18448 input features are more than 18432"),
     ("w4a8", {"out": 96}, "int8_int4", "int8_int4_nz: 96 output features are not a multiple of 64"),
     ("w4a8", {"out": 44}, "int8", "int8_int4: 44 output features are not a multiple of 8"),

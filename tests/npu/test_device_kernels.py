@@ -1,7 +1,5 @@
 """Every scheme of a Linear and of experts on the device: what is stored there, and what is computed."""
 
-import dataclasses
-
 import pytest
 import torch
 from npu_cases import (
@@ -16,20 +14,14 @@ from npu_cases import (
     quantized,
     routed,
 )  # fmt: skip
-from torch import Tensor
+from npu_modules import moved
 
 from qcompile.backends.npu import BACKEND
 from qcompile.kernels import choose
-from qcompile.types import PackedWeight, Scheme
+from qcompile.types import Scheme
 
 LINEARS = [scheme for schemes in LINEAR.values() for scheme in schemes]
 SCHEMES = [scheme for schemes in EXPERTS.values() for scheme in schemes]
-
-
-def moved(packed: PackedWeight, device: str) -> PackedWeight:
-    """The same weight on another device."""
-    fields = {f.name: getattr(packed, f.name) for f in dataclasses.fields(packed)}
-    return dataclasses.replace(packed, **{k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)})
 
 
 def run(kernel, packed, x, tensors, bias):

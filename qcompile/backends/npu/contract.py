@@ -96,6 +96,11 @@ def whole_int4_outputs(site: Site, scheme: Scheme) -> str:
     return f"{site.out_features} output features are not a multiple of 8" if site.out_features % 8 else ""
 
 
+def more_than_one_word(site: Site, scheme: Scheme) -> str:
+    """torch_npu takes a weight of one int32 word for a transposed one, and its result for one of one column."""
+    return "a weight of one int32 word" if site.in_features == 1 and site.out_features == 8 else ""
+
+
 def whole_int4_inputs(site: Site, scheme: Scheme) -> str:
     """Eight int4 activations are one int32 word."""
     return f"{site.in_features} input features are not a multiple of 8" if site.in_features % 8 else ""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from ...errors import ConfigError, UnsupportedError, did_you_mean
 
@@ -100,7 +101,45 @@ def _aclgraph(module: GraphModule, inputs: Sequence[Any], static: list[int]) -> 
 
 def _torchair(module: GraphModule, inputs: Sequence[Any], static: list[int]) -> Compiled:
     torchair = _set_up("torchair")
-    return torchair.get_compiler(torchair.CompilerConfig())(module, list(inputs))
+    return torchair.get_compiler(torchair.CompilerConfig())(convertible(module), list(inputs))
+
+
+def convertible(module: GraphModule) -> GraphModule:
+    """The same graph in operations that torchair can convert; changes it in place.
+
+    torch_npu 2.13.0 has no converters of aten.amax and aten.amin, which plain quantization of activations needs, and
+    none of what npu_moe_token_unpermute consists of.
+    """
+    aten = torch.ops.aten
+    for node in list(module.graph.nodes):
+        with module.graph.inserting_before(node):
+            if node.target in (aten.amax.default, aten.amin.default) and len(node.args[1]) == 1:
+                other = aten.max.dim if node.target is aten.amax.default else aten.min.dim
+                both = module.graph.call_function(other, (node.args[0], node.args[1][0], *node.args[2:]), node.kwargs)
+                _replace(node, module.graph.call_function(operator.getitem, (both, 0)))
+            elif str(node.target) == "npu._npu_moe_token_unpermute.default":
+                (result,) = [user for user in node.users if user.args[1] == 0 or user.users]
+                _replace(result, _combined(module.graph, *node.args[:3]))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _combined(graph: Graph, rows: Node, place: Node, routing: Node) -> Node:
+    """``RowMajor.combine`` in plain operations."""
+    aten, value, k = torch.ops.aten, rows.meta["val"], routing.meta["val"].shape[1]
+    chosen = graph.call_function(aten.index_select.default, (rows, 0, place))
+    wide = graph.call_function(aten._to_copy.default, (chosen,), {"dtype": torch.float32})
+    each = graph.call_function(aten.view.default, (wide, [-1, k, value.shape[1]]))
+    weighted = graph.call_function(aten.mul.Tensor, (each, graph.call_function(aten.unsqueeze.default, (routing, -1))))
+    total = graph.call_function(aten.sum.dim_IntList, (weighted, [1]))
+    return graph.call_function(aten._to_copy.default, (total,), {"dtype": value.dtype})
+
+
+def _replace(node: Node, other: Node) -> None:
+    other.meta.update(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
 
 
 def _npugraph_ex(module: GraphModule, inputs: Sequence[Any], static: list[int]) -> Compiled:

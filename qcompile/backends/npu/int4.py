@@ -29,7 +29,7 @@ class Int8Int4(IntegerKernel):
     rules = (
         contract.chip_has(chips.GROUPED_MATMUL, chips.DYNAMIC_QUANT), contract.half_precision,
         contract.within_limits, contract.int8_int4_groups, contract.int8_int4_inputs, contract.whole_int4_outputs,
-        contract.symmetric_weight, contract.no_token_zeros,
+        contract.more_than_one_word, contract.symmetric_weight, contract.no_token_zeros,
     )  # fmt: skip
     nz_rules = (contract.nz_is_wanted, contract.chip_has(chips.NZ), contract.nz_aligned(64))
 

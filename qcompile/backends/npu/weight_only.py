@@ -132,7 +132,7 @@ class Int4WeightOnly(WeightOnly):
     what = "integer weights of at most 4 bits with float activations"
     rules = (
         contract.chip_has(chips.WEIGHT_QUANT_INT4), contract.half_precision, contract.within_limits,
-        contract.groups_of_32, contract.whole_int4_outputs,
+        contract.groups_of_32, contract.whole_int4_outputs, contract.more_than_one_word,
     )  # fmt: skip
 
     def _stored(self, codes: Tensor, bits: int, columns: int, change: layouts.Change) -> Tensor:
