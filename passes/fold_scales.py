@@ -60,7 +60,8 @@ class FoldScales:
 
     The graph names the parameters and is not changed; those of ``model`` are, in place. Scales of one value must be
     given once. CalibrationError for a scale that is not positive and finite, has another length, or differs between
-    columns that come from the same channel (see ``Folding.shared``): nothing has been changed then.
+    columns that come from the same channel (see ``Folding.shared``): nothing has been changed then. What was folded is
+    removed from ``scales``: the pass does not fold it again.
     """
 
     model: nn.Module
@@ -92,6 +93,7 @@ class FoldScales:
             for folding, scale in jobs:
                 fold(self.model, folding, scale)
             result.matches = len(jobs)
+            self.scales = {}
         return result
 
 

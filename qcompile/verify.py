@@ -32,7 +32,7 @@ def run_pass(pass_: Pass, module: GraphModule, probe: Sequence[Any] | None = Non
     _check_level(pass_, module)
     before = [signature(node.meta.get("val")) for node in _outputs(module)]
     expected = _run(module, probe) if probe is not None and pass_.numerics != "lossy" else None
-    known = set(module.graph.nodes)
+    known, wanted = set(module.graph.nodes), pass_.expected
     try:
         result = pass_(module)
     except QcompileError:
@@ -48,9 +48,9 @@ def run_pass(pass_: Pass, module: GraphModule, probe: Sequence[Any] | None = Non
         raise PassError(f"pass {pass_.name} left a graph that is not sound: {error}") from error
     module.recompile()
 
-    if pass_.expected is not None and result.matches != pass_.expected:
+    if wanted is not None and result.matches != wanted:
         raise PassError(
-            f"pass {pass_.name} matched {result.matches} of {pass_.expected}: "
+            f"pass {pass_.name} matched {result.matches} of {wanted}: "
             + ("; ".join(f"{node}: {why}" for node, why in result.rejected) or "nothing came close")
         )
     for node, was in zip(_outputs(module), before, strict=True):
