@@ -239,6 +239,9 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         from .reporting import plan_html
 
@@ -336,6 +339,9 @@ class Report:
         from .reporting import report_html
 
         return report_html(self)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         from .reporting import report_html
