@@ -25,7 +25,7 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "" if self.norm <= self.bound else "  <-- beyond its bound"
-        return f"{self.name:72} {self.norm:9.2e} {self.largest:9.2e} {self.bound:9.2e}{verdict}"
+        return f"{self.name:80} {self.norm:9.2e} {self.largest:9.2e} {self.bound:9.2e}{verdict}"
 
 
 _DIFFERENCES: list[Difference] = []
@@ -79,7 +79,9 @@ def compare(request):
 
 def pytest_terminal_summary(terminalreporter):
     if ON_CHIP:
+        different = sorted((d for d in _DIFFERENCES if d.largest), key=lambda d: -d.norm / d.bound)
         terminalreporter.section("what the chip computed, against the reference numerics")
-        terminalreporter.write_line(f"{'':72} {'norm':>9} {'largest':>9} {'bound':>9}")
-        for difference in sorted(_DIFFERENCES, key=lambda d: -d.norm / d.bound):
+        terminalreporter.write_line(f"{len(_DIFFERENCES) - len(different)} of {len(_DIFFERENCES)} results are equal")
+        terminalreporter.write_line(f"{'':80} {'norm':>9} {'largest':>9} {'bound':>9}")
+        for difference in different:
             terminalreporter.write_line(str(difference))
