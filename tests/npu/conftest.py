@@ -1,4 +1,4 @@
-"""The device, and how its results are compared: exactly on a pretend one, within bounds and in a table on a chip."""
+"""The device, and how its results are compared: up to the order of sums on a pretend one, in a table on a chip."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 ON_CHIP = os.environ.get("QCOMPILE_NPU") == "chip"
 BOUND = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-3}  # of the norm of the difference, on a chip
+ORDER = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}  # the same where sums have another order
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,17 @@ def calls(device):
 
 @pytest.fixture
 def compare(request):
-    """``compare(actual, expected, what="")``: equal, or on a chip within a bound, and listed."""
+    """``compare(actual, expected, what="")``: the same numbers; on a chip within a bound, and listed."""
 
     def check(actual: Tensor, expected: Tensor, what: str = "") -> None:
         actual = actual.cpu()
         assert actual.dtype == expected.dtype
         assert actual.shape == expected.shape
-        if not ON_CHIP:
-            assert torch.equal(actual, expected), (what, (actual.double() - expected.double()).abs().max().item())
-            return
         difference = actual.double() - expected.double()
+        if not ON_CHIP:  # the same functions on the same numbers, but strides and alignment choose how sums are made
+            allowed = ORDER.get(expected.dtype, 0) * expected.double().norm()
+            assert (difference.norm() <= allowed).item(), (what, difference.abs().max().item())
+            return
         largest = difference.abs().max().item() if difference.numel() else 0.0
         if expected.is_floating_point():
             norm, bound = (difference.norm() / expected.double().norm()).item(), BOUND[expected.dtype]
