@@ -168,6 +168,7 @@ class Case:
         partial = chosen.splits > 1
         common = launch.common_constants(chosen, self.experts, partial, None)
         common |= {"bias": None, "EVEN": True, "PTX": True, "WIDE": False} | ({} if self.experts else {"ends": None})
+        common |= {"rows": 1} if self.rows == 1 else {}  # Triton compiles for a size of 1 by itself
         if not self.kind:
             centered = weight.symmetric and weight.bits == self.bits
             own = launch.float_constants(chosen, self.bits, self.arch == "sm_90", self.group, centered)

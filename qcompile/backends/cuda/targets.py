@@ -55,10 +55,11 @@ def parse(name: str) -> Target:
 
 def current() -> Target:
     """What ``target`` chose; otherwise the GPU that is attached, and without one an H100 or H200."""
-    return _CHOSEN.get() or _attached()
+    return _CHOSEN.get() or attached()
 
 
-def _attached() -> Target:
+def attached() -> Target:
+    """The GPU that torch uses now; without one an H100 or H200."""
     if not torch.cuda.is_available():
         return Target()
     properties = torch.cuda.get_device_properties()

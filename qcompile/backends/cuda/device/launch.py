@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import tiles
 from ..layouts import COLUMNS
-from ..targets import Target, current
+from ..targets import Target, attached, current
 from ..tiles import Tiles, grid_blocks
 from .dequantize import dequantize
 from .float_product import float_product
@@ -29,12 +29,15 @@ def _path(device: str) -> dict[str, bool]:
     return {"PTX": device == "cuda" and not torch.version.hip and not _INTERPRETED, "WIDE": _INTERPRETED}
 
 
+def _target(device: torch.device) -> Target:
+    """The GPU that x is on; in the interpreter, the one that is planned for."""
+    return _attached(device.index) if device.type == "cuda" else current()
+
+
 @functools.cache
-def _attached(index: int | None) -> Target:
-    if index is None or not torch.cuda.is_available():
-        return current()
+def _attached(index: int) -> Target:
     with torch.cuda.device(index):
-        return current()
+        return attached()
 
 
 def float_linear(
@@ -53,7 +56,7 @@ def float_linear(
         return x.new_empty((splits, 0, out), dtype=torch.float32) if splits else x.new_empty((0, out))
     if ends is None and rows >= MANY_ROWS and not splits:
         return _with_vendor(x, codes, pairs, bias, bits, wgmma, group, centered, out)
-    chosen = tiles.choose(rows, experts, stored_out, columns, bits, _attached(x.device.index))
+    chosen = tiles.choose(rows, experts, stored_out, columns, bits, _target(x.device))
     count = splits or chosen.splits
     if columns % (count * chosen.bk):  # splits that were chosen for another GPU
         chosen = dataclasses.replace(chosen, bk=COLUMNS)
@@ -79,7 +82,7 @@ def scaled_linear(
     stored_out, columns = stored_shape(codes, kind)
     if not rows:
         return x.new_empty((splits, 0, out) if splits else (0, out), dtype=torch.float32 if splits else dtype)
-    target = _attached(x.device.index)
+    target = _target(x.device)
     chosen = tiles.choose(rows, experts, stored_out, columns, 4 if kind == "int4" else 8, target, 8, group)
     count = splits or 1
     if columns % (count * chosen.bk):
