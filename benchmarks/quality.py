@@ -46,7 +46,11 @@ SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g32", "w3a16_g128", "w8a8", "
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "rtn-mse": {"method": "rtn", "options": {"observer": "mse"}},
+    "awq": {"method": "awq"},
+    "smoothquant": {"method": "smoothquant"},
     "gptq": {"method": "gptq"},
+    "autoround": {"method": "autoround"},
+    "awq-gptq": {"method": "awq", "options": {"rounding": "gptq"}},
 }
 """What ``--methods`` names: a QuantConfig without its scheme."""
 

@@ -27,7 +27,9 @@ _LAYOUT = {
     "unsqueeze", "squeeze", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten", "alias", "detach",
 }  # fmt: skip
 _IDENTITY = {"to", "_to_copy", "dropout", "type_as"}
-_NO_READERS = {"_assert_tensor_metadata", "sym_size"}
+_NO_READERS = {  # of values: they ask for the shape, dtype or device
+    "_assert_tensor_metadata", "sym_size", "new_empty", "new_zeros", "new_ones", "empty_like", "zeros_like",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from . import numerics
+from . import budget, numerics
 from .calibrate import Calibration, RareExperts, plan_needs, refuse_without_data
 from .calibration_data import calibration_inputs, described
 from .config import QuantConfig, as_config
@@ -33,8 +34,8 @@ from .modules import (
 from .planning import find_backend, make_plan
 from .resume import ResumeFolder, digest, sample
 from .sites import first_names, module_name, walk_sites
-from .trace import attribute, trace
-from .types import PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
+from .trace import as_called, attribute, is_language_model, trace
+from .types import FrontierPoint, PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
 from .verify import run_pass
 
 Config = QuantConfig | Plan | dict | str | Path
@@ -88,6 +89,9 @@ def quantize(
     every expert sees every token (experts / k times the work); or "rtn", it is rounded to nearest, its static scale is
     that of the others.
 
+    A config with a budget reads data, too, and chooses the bits of every site by it; ``report(model).frontier`` holds
+    what each amount of bytes would have bought.
+
     resume: a folder that keeps what is done after each part of the calibration. When a run was interrupted, load the
     float model again and call this with the same arguments: it goes on where it was, with the same result.
 
@@ -108,9 +112,19 @@ def quantize(
         assert isinstance(config, Plan)
         decided = _checked_plan(config, sites)
     else:
-        decided = make_plan(settings, sites, device, _other_bytes(model, sites))
-    inputs, notes = _calibration_inputs(model, decided, graph, example_inputs, data, tokenizer, samples, sequence)
+        decided = make_plan(settings.without_budget(), sites, device, _other_bytes(model, sites))
+    amount = settings.budget if settings else None
+    if amount and data is None:
+        raise CalibrationError(f"a budget of {amount} is spent by what calibration data tells: pass data=")
+    inputs, notes = _calibration_inputs(
+        model, decided, graph, example_inputs, data, tokenizer, samples, sequence, bool(amount)
+    )
     _check_weights(model, decided, experts)
+    frontier: tuple[FrontierPoint, ...] = ()
+    if settings is not None and amount:
+        fuse(model, _affected(experts, decided))
+        decided, frontier = _spent(model, settings, decided, example_inputs, inputs, progress)
+        notes += (f"a budget of {amount} was spent by divergences that were measured",)
     folder, unused = _resume_folder(resume, model, decided, inputs, rare)
     notes += unused
     timeline.mark("planned")
@@ -120,7 +134,8 @@ def quantize(
         timeline.mark(planned.site.name)
         return result
 
-    fuse(model, _affected(experts, decided))
+    if not frontier:
+        fuse(model, _affected(experts, decided))
     calibration = Calibration(
         model, decided, graph, example_inputs, inputs, rare, folder,
         weight_of=lambda planned: _float_module(model, planned).weight.detach(),
@@ -141,6 +156,7 @@ def quantize(
         notes=notes,
         expert_tokens=calibration.expert_tokens,
         memory=tuple(timeline.moments),
+        frontier=frontier,
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     set_state(model, State(decided, report_, graph))
@@ -298,9 +314,10 @@ def _calibration_inputs(
     tokenizer: Any,
     samples: int,
     sequence: int | None,
+    always: bool = False,
 ) -> tuple[list[tuple[Any, ...]], tuple[str, ...]]:
-    """What to run for calibration, and a note on it; nothing if no site of the plan needs any."""
-    if not plan_needs(plan):
+    """What to run for calibration, and a note on it; nothing if no site of the plan needs any, unless ``always``."""
+    if not always and not plan_needs(plan):
         unused = "data was not read: no scheme and no method of this plan is calibrated"
         return [], () if data is None else (unused,)
     if data is None:
@@ -309,6 +326,37 @@ def _calibration_inputs(
         model, data, tokenizer=tokenizer, samples=samples, sequence=sequence, graph=graph, example_inputs=example_inputs
     )
     return inputs, (described(inputs),)
+
+
+def _spent(
+    model: nn.Module,
+    settings: QuantConfig,
+    plan: Plan,
+    example_inputs: tuple[Any, ...] | None,
+    inputs: list[tuple[Any, ...]],
+    progress: bool | None,
+) -> tuple[Plan, tuple[FrontierPoint, ...]]:
+    """The plan that the budget of a config buys, and what else could have been bought."""
+    sites, asked = [p.site for p in plan], settings.without_budget()
+    plans = [
+        make_plan(asked.model_copy(update={"scheme": scheme}), sites, plan.device, plan.other_bytes)
+        for scheme in budget.ladder(settings.scheme)
+    ]
+    choices = budget.alternatives(plans)
+    smallest = dataclasses.replace(
+        plan, sites=tuple(choices[p.site.name][0] if p.site.name in choices else p for p in plan)
+    )
+    amount = budget.Budget.parse(cast(str, settings.budget))
+    budget.check(amount, smallest)
+    divergences = budget.measure(
+        as_called(model, example_inputs),
+        choices,
+        lambda planned: _float_module(model, planned).weight.detach(),
+        inputs,
+        is_language_model(model) and example_inputs is None,
+        progress,
+    )
+    return budget.spend(smallest, choices, divergences, amount)
 
 
 def _resume_folder(

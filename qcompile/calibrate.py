@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from . import plugins
+from .blocks import TunedBlock
 from .errors import CalibrationError, ConfigError
 from .observers import Needs, Statistics, activation_needs, search_clip, static_parameters
 from .progress import progress_bar
 from .resume import ResumeFolder
 from .segments import Runner, Segment, Segments, WholeModel
+from .smoothing import Smoother
 from .trace import as_called
 from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
 
@@ -108,6 +110,9 @@ class Calibration:
             self.runner: Runner = WholeModel(called, model, names, all_tokens=all_tokens)
         else:
             self.runner = Segments(graph, model, names, finely=self.sequential, all_tokens=all_tokens)
+        self.paired = graph is not None and any(needs.drift for needs in self.needs.values())
+        self.smoother = Smoother(model, graph, plan, [site for site, needs in self.needs.items() if needs.smoothing])
+        self._tuned: dict[str, PackedWeight] = {}
         self._parameters: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._counts: dict[str, list[int]] = {}
 
@@ -116,7 +121,7 @@ class Calibration:
         work = [(part, self._groups(part)) for part in self._parts()]
         done = self.folder.done if self.folder else 0
         results = self._restored([part for part, _ in work[:done]])
-        states = self._states(done)
+        states, floats = self._states(done)
         passes = sum(len(groups) + 1 if self.sequential else 1 for _, groups in work[done:])
         steps = len(self.plan.quantized) - len(results) + passes * len(states)
         with progress_bar("quantizing", steps, progress) as advance:
@@ -126,58 +131,110 @@ class Calibration:
                 for site in sites:
                     packed = self._packed(self.plan[site], seen)
                     results[site] = self.install(self.plan[site], packed)
+                    self.smoother.release(self.plan[site])
                     made |= {site: packed} if packed is not None else {}
                     advance(site)
                 return made
 
-            for part, groups in work[done:]:
-                made: dict[str, PackedWeight] = {}
+            for index, (part, groups) in enumerate(work):
+                if index < done:
+                    continue
+                block = self._block([part for part, _ in work], index)
+                scales = self._smooth(block, states)
+                made = self._tune(block, states, floats)
                 if self.sequential:
-                    for sites in groups:
-                        made |= quantize(sites, self._collect(part, [sites], states, advance))
-                    for index, values in enumerate(states):
-                        states[index] = self.runner.run(part, values)
+                    for number, sites in enumerate(groups):
+                        exact = [] if number else floats  # later groups read what has been quantized since
+                        made |= quantize(sites, self._collect([part], [sites], self.needs, states, advance, exact))
+                    for place, values in enumerate(states):
+                        states[place] = self.runner.run(part, values)
                         advance(part.name)
                 else:
-                    made = quantize(part.sites, self._collect(part, groups, states, advance))
+                    made = quantize(part.sites, self._collect([part], groups, self.needs, states, advance))
                 if self.folder:
                     counts = {site: self._counts[site] for site in part.sites if site in self._counts}
-                    after = [] if part is work[-1][0] else [self.runner.dump(values) for values in states]
-                    self.folder.save(made, counts, after)
+                    after = [] if index == len(work) - 1 else [self.runner.dump(v) for v in [*states, *floats]]
+                    self.folder.save(made, counts, after, scales)
             quantize([p.site.name for p in self.plan.quantized if p.site.name not in results], {})
         return results
+
+    def _block(self, parts: Sequence[Segment], index: int) -> Sequence[Segment]:
+        """The parts of the decoder block that begins with part ``index``; nothing if it began before."""
+        if index and parts[index - 1].name == parts[index].name:
+            return []
+        end = next((i for i in range(index, len(parts)) if parts[i].name != parts[index].name), len(parts))
+        return parts[index:end]
+
+    def _smooth(self, block: Sequence[Segment], states: list[Any]) -> dict[str, Tensor]:
+        """Scale what the sites of a decoder block read, where their methods want that; the scales that were folded."""
+        jobs = self.smoother.jobs(block)
+        if not jobs:
+            return {}
+        groups: dict[Any, list[str]] = {}
+        for job in jobs:
+            for site in job.sites:  # experts see their own tokens, Linears all
+                groups.setdefault((job.name, self.plan[site].site.experts), []).append(site)
+        seen = self._collect(block, list(groups.values()), self.needs, states, lambda name: None)
+        return self.smoother.search(jobs, seen, self.weight_of, self.rare.tokens)
+
+    def _tune(self, block: Sequence[Segment], states: list[Any], floats: list[Any]) -> dict[str, PackedWeight]:
+        """Quantize the sites of a decoder block whose methods do so together; installed later, one by one."""
+        chosen = [self.plan[s] for part in block for s in part.sites if self.needs.get(s, Needs()).blocks]
+        if not chosen or not isinstance(self.runner, Segments):
+            return {}
+        weights = {p.site.name: self.smoother.weight(p, self.weight_of(p)) for p in chosen}
+        alike: dict[tuple[str, Any], list[PlannedSite]] = {}
+        for planned in chosen:
+            alike.setdefault((planned.method, planned.options), []).append(planned)
+        for (name, options), sites in alike.items():
+            own = {p.site.name: weights[p.site.name] for p in sites}
+            tuned = TunedBlock(self.runner, block, states, floats, sites, own)
+            self._tuned |= plugins.find("methods", name).tune(tuned, dict(options))
+        return {p.site.name: _complete(p, self._tuned[p.site.name], {}) for p in chosen}
 
     def _restored(self, parts: Sequence[Segment]) -> dict[str, SiteResult]:
         """Install what the folder has of these parts; what needed no data is quantized again."""
         results = {}
         for index, part in enumerate(parts):
             assert self.folder is not None
-            packed, counts = self.folder.packed(index, [self.plan[site] for site in part.sites])
+            packed, counts = self.folder.packed(index, self.plan.quantized)
+            self._tuned |= packed  # a part holds more than its own sites if its block was quantized together
             self._counts |= counts
+            for name, scale in self.folder.scales(index).items():
+                self.smoother.fold(name, scale.to(self.weight_of(self.plan[name]).device))
             for site in part.sites:
                 own = packed.get(site)
                 if own is not None and own.input_scale is not None and self.plan[site].site.kind == "linear":
                     shared = self._parameters.setdefault(_reader(self.plan[site]), own.activation_tensors())
                     own = dataclasses.replace(own, **shared)  # type: ignore[arg-type]
                 results[site] = self.install(self.plan[site], own)
+                self.smoother.release(self.plan[site])
+                self._tuned.pop(site, None)
         return results
 
-    def _states(self, done: int) -> list[Any]:
-        """What the first part that is not done begins with, for each set of inputs."""
+    def _states(self, done: int) -> tuple[list[Any], list[Any]]:
+        """What the first part that is not done begins with, for each set of inputs; the same of the float model, if
+        anybody wants to know.
+        """
         if not done:
-            return [self.runner.start(inputs) for inputs in self.inputs]
+            states = [self.runner.start(inputs) for inputs in self.inputs]
+            return states, list(states) if self.paired else []
         assert self.folder is not None
         device = next((x.device for x in self.inputs[0] if isinstance(x, Tensor)), torch.device("cpu"))
-        return [self.runner.load(dumped) for dumped in self.folder.inputs(device)]
+        states = [self.runner.load(dumped) for dumped in self.folder.inputs(device)]
+        return states[: len(self.inputs)], states[len(self.inputs) :]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many tokens the experts saw, and which ones too few."""
+        """Which values were scaled; how many tokens the experts saw, and which ones too few."""
         if not self._counts:
-            return ()
+            return self.smoother.notes
         counts = sorted(count for counts in self._counts.values() for count in counts)
         middle = counts[len(counts) // 2]
-        found = [f"experts saw {counts[0]} to {counts[-1]} tokens each, half of them {middle} or more"]
+        found = [
+            *self.smoother.notes,
+            f"experts saw {counts[0]} to {counts[-1]} tokens each, half of them {middle} or more",
+        ]
         for site, of_site in self._counts.items():
             if rare := [expert for expert, count in enumerate(of_site) if count < self.rare.tokens]:
                 found.append(f"{site}: {_listed(rare, of_site)}, too few: rounded to nearest")
@@ -204,16 +261,23 @@ class Calibration:
         return list(groups.values())
 
     def _collect(
-        self, part: Segment, groups: Sequence[Sequence[str]], states: list[Any], advance: Callable[[str], None]
+        self,
+        parts: Sequence[Segment],
+        groups: Sequence[Sequence[str]],
+        wanted: Mapping[str, Needs],
+        states: list[Any],
+        advance: Callable[[str], None],
+        floats: list[Any] | None = None,
     ) -> dict[str, Seen]:
-        """What the sites of ``groups`` read; those of one group share the object.
+        """What the sites of ``groups``, in consecutive ``parts``, read; those of one group share the object.
 
-        Unless propagation is sequential, ``states`` move on to what the part hands on.
+        Unless propagation is sequential, ``states`` move on to what the parts hand on. floats: the states of the float
+        model, that move on in any case; the one part is float then.
         """
         leaders: dict[str, Seen] = {}
         seen: dict[str, Seen] = {}
         for sites in groups:
-            needs = functools.reduce(operator.or_, [self.needs.get(site, Needs()) for site in sites])
+            needs = functools.reduce(operator.or_, [wanted.get(site, Needs()) for site in sites])
             if not needs:
                 continue
             site = self.plan[sites[0]].site
@@ -221,18 +285,29 @@ class Calibration:
             leaders[sites[0]] = [Statistics(needs, site.in_features, device) for _ in range(max(1, site.experts))]
             seen |= dict.fromkeys(sites, leaders[sites[0]])
 
+        exact: dict[str, Tensor] = {}
+
+        def remember(site: str, x: Tensor, ends: Tensor | None) -> None:
+            if site in leaders and ends is None:
+                exact[site] = x
+
         def observe(site: str, x: Tensor, ends: Tensor | None) -> None:
             if site in leaders:
-                parts = [x] if ends is None else x.tensor_split(ends[:-1].long().cpu())
-                for statistics, rows in zip(leaders[site], parts, strict=True):
-                    statistics.update(rows)
+                own = [x] if ends is None else x.tensor_split(ends[:-1].long().cpu())
+                for statistics, rows in zip(leaders[site], own, strict=True):
+                    statistics.update(rows, exact.pop(site, None))
 
         for index, values in enumerate(states):
-            if not self.sequential:
-                states[index] = self.runner.run(part, values, observe)
-            elif leaders:
-                self.runner.look(part, values, observe)
-            advance(part.name)
+            if floats:
+                floats[index] = self.runner.run(parts[0], floats[index], remember)
+            if leaders or not self.sequential:
+                for part in parts[:-1] if self.sequential else parts:
+                    values = self.runner.run(part, values, observe)
+                if self.sequential:
+                    self.runner.look(parts[-1], values, observe)
+                else:
+                    states[index] = values
+            advance(parts[-1].name)
         for name, statistics in leaders.items():
             self._check(self.plan[name].site, statistics)
         return seen
@@ -261,7 +336,9 @@ class Calibration:
         """The quantized weight of a site, or None if nothing was seen of its inputs."""
         if planned.site.name not in seen:
             return None
-        weight, own = self.weight_of(planned), seen[planned.site.name]
+        if (tuned := self._tuned.pop(planned.site.name, None)) is not None:
+            return _complete(planned, tuned, {})
+        weight, own = self.smoother.weight(planned, self.weight_of(planned)), seen[planned.site.name]
         if planned.site.kind == "linear":
             return _pack(planned, weight, own[0], self._static(planned, seen))
         enough = [statistics.count >= self.rare.tokens for statistics in own]
@@ -307,14 +384,20 @@ def _pack(
     assert scheme is not None
     bare = Scheme(scheme.weight)
     if statistics is None:
-        packed = plugins.find("methods", "rtn").quantize(weight, bare, {})
+        packed = plugins.find("methods", "rtn").quantize(weight, bare, {}, None, planned.site.dtype)
     else:
         method = plugins.find("methods", planned.method)
-        packed = method.quantize(weight, bare, dict(planned.options), statistics)
+        packed = method.quantize(weight, bare, dict(planned.options), statistics, planned.site.dtype)
     if scheme.activation is not None and scheme.activation.clip:
         alpha = 1.0 if statistics is None else search_clip(statistics.rows, weight, packed, scheme.activation)
         parameters = {"alpha": torch.tensor([alpha], device=weight.device)}
-    return dataclasses.replace(packed, scheme=scheme, **parameters)
+    return _complete(planned, packed, parameters)
+
+
+def _complete(planned: PlannedSite, packed: PackedWeight, parameters: dict[str, Tensor]) -> PackedWeight:
+    """A weight with the scheme of its site, and the parameters of its activations."""
+    assert planned.scheme is not None
+    return dataclasses.replace(packed, scheme=planned.scheme, **parameters)  # type: ignore[arg-type]
 
 
 def _listed(experts: Sequence[int], counts: Sequence[int]) -> str:

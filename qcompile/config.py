@@ -18,12 +18,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import plugins
+from .budget import Budget, ladder
 from .errors import ConfigError, did_you_mean
 from .types import Scheme, Site
 
 PRESETS: dict[str, dict[str, Any]] = {
     "rtn": {"scheme": "w4a16_g128"},
     "gptq": {"scheme": "w4a16_g128", "method": "gptq"},
+    "awq": {"scheme": "w4a16_g128_asym", "method": "awq"},
+    "smoothquant": {"scheme": "w8a8", "method": "smoothquant"},
     "fp8": {"scheme": "wfp8afp8"},
     "fp8_static": {"scheme": "wfp8afp8_tensor_static"},
     "fp8_block": {"scheme": "wfp8afp8_b128x128"},
@@ -82,6 +85,9 @@ class Rule(_Strict):
 class QuantConfig(_Strict):
     """The default scheme and method, and rules before it (the first match wins).
 
+    budget: bits per quantized weight, scales included ("4.5 bits"), or bytes of the whole model ("1.2 GB"). Then every
+    site that no rule matches gets the scheme with more or fewer bits, as measured on calibration data.
+
     ``lm_head`` and routers stay float unless a rule matches them. ``minimum_coverage`` is checked against all
     sites; below it ``quantize`` raises before any work.
     """
@@ -92,6 +98,9 @@ class QuantConfig(_Strict):
     rules: tuple[Rule, ...] = Field(default=(), description="Exceptions; the first that matches a site wins.")
     minimum_coverage: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Share of the sites below which nothing is quantized, but an error."
+    )
+    budget: str | None = Field(
+        default=None, description="Bits per weight or bytes to spend, as '4.5 bits' or '1.2 GB'."
     )
     tracing: Literal["export", "module_walk"] = Field(
         default="export", description="How sites are found: in the exported graph, or by walking over the modules."
@@ -105,12 +114,25 @@ class QuantConfig(_Strict):
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
+    @field_validator("budget")
+    @classmethod
+    def _valid_budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            Budget.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _known_methods(self) -> QuantConfig:
         plugins.find("methods", self.method).check(self.options)
+        if self.budget is not None:
+            ladder(self.scheme)
         for rule in self.rules:
             plugins.find("methods", rule.method or self.method).check(rule.options)
         return self
+
+    def without_budget(self) -> QuantConfig:
+        """The same, with one scheme for all sites that no rule matches."""
+        return self.model_copy(update={"budget": None})
 
     def rule_for(self, site: Site) -> Rule | None:
         """The first rule that matches ``site``."""

@@ -22,8 +22,9 @@ from .groups import join_groups, split_groups
 from .types import PackedWeight, Scheme, WeightType
 
 __all__ = [
-    "CHUNK", "code_values", "dequantize", "dequantize_activation", "dequantize_packed", "is_finite",
-    "pack_codes", "quantize_activation", "quantize_weight", "signal_to_noise", "signed_codes", "unpack_codes",
+    "CHUNK", "code_values", "dequantize", "dequantize_activation", "dequantize_packed", "is_finite", "minmax_scales",
+    "pack_codes", "quantize_activation", "quantize_weight", "representable", "signal_to_noise", "signed_codes",
+    "unpack_codes",
 ]  # fmt: skip
 
 CHUNK = 1 << 20  # elements of a weight that are worked on at once: bounds the float32 temporaries to some 25 MB
@@ -185,7 +186,7 @@ def _round_integers(
     groups: Tensor, weight_type: WeightType, dtype: torch.dtype, searched: bool, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [R, G, n] of ``groups``; scales, as ``dtype`` has them, and zero points, float32 [R, G]."""
-    scales, zeros = _minmax_scales(groups, weight_type, dtype, narrow)
+    scales, zeros = minmax_scales(groups, weight_type, dtype, narrow)
     lowest, highest = int(narrow), 2**weight_type.bits - 1
 
     def encode(scales: Tensor) -> Tensor:
@@ -197,21 +198,25 @@ def _round_integers(
     if searched:
         signs = (1.0, -1.0) if weight_type.symmetric and not narrow else (1.0,)
         shares = [sign * percent / 100 for sign in signs for percent in _PERCENT]
-        scales = _least_error(groups, (_representable(scales * share, dtype) for share in shares), restore)
+        scales = _least_error(groups, (representable(scales * share, dtype) for share in shares), restore)
     return encode(scales).to(torch.uint8), scales, zeros
 
 
-def _minmax_scales(groups: Tensor, weight_type: WeightType, dtype: torch.dtype, narrow: bool) -> tuple[Tensor, Tensor]:
-    """Scales, representable in ``dtype``, and zero points of each group, float32 [R, G]."""
+def minmax_scales(
+    groups: Tensor, weight_type: WeightType, dtype: torch.dtype, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Scales, representable in ``dtype``, and zero points of each group of integers, float32 [R, G]: the range of
+    ``groups`` float32 [R, G, n], by the rules of ``quantize_weight``.
+    """
     bits, half = weight_type.bits, 2 ** (weight_type.bits - 1)
     low, high = groups.amin(-1), groups.amax(-1)
     if weight_type.symmetric:
         extreme = torch.where(high > -low, high, low)
         scales = extreme.abs() / (half - 1) if narrow else extreme / -half
-        return _representable(torch.where(extreme == 0, 1.0, scales), dtype), torch.full_like(scales, half)
+        return representable(torch.where(extreme == 0, 1.0, scales), dtype), torch.full_like(scales, half)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scales = (high - low) / (2**bits - 1)
-    scales = _representable(torch.where(scales == 0, 1.0, scales), dtype)
+    scales = representable(torch.where(scales == 0, 1.0, scales), dtype)
     return scales, torch.round(-low / scales).clamp_(0, 2**bits - 1)
 
 
@@ -233,7 +238,7 @@ def _round_floats(
             return small_floats.mx_scales(extreme, number)
         # half a step of subnormal float16 more: a scale that is rounded down much would saturate the extreme
         scales = extreme / small_floats.E4M3_MAX + (2.0**-25 if dtype == torch.float16 else 0)
-        return _representable(torch.where(extreme == 0, 1.0, scales), dtype)
+        return representable(torch.where(extreme == 0, 1.0, scales), dtype)
 
     def encode(scales: Tensor) -> Tensor:
         shares = groups / (scales / outer)[..., None]
@@ -266,7 +271,7 @@ def _least_error(groups: Tensor, candidates: Iterable[Tensor], restore: Callable
     return chosen
 
 
-def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 scales to what ``dtype`` stores, without underflow to zero or overflow to infinity.
 
     Subnormal numbers count in float16, where int8 weights below 0.008 need them; in the other types they are out of

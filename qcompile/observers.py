@@ -20,12 +20,18 @@ class Needs:
     hessian     X.T @ X of all inputs X [tokens, in], in float32
     rows        at least so many of the inputs themselves, evenly spaced (all of them if there are fewer)
     sequential  the inputs come from what is quantized already, not from the float model
+    drift       also how far the inputs of a Linear are from those of the float model (with ``sequential``)
+    blocks      the method quantizes the sites of a decoder block together (``methods.BlockMethod``)
+    smoothing   the method scales what the site reads first, where that can be (``methods.SmoothingMethod``)
     """
 
     ranges: bool = False
     hessian: bool = False
     rows: int = 0
     sequential: bool = False
+    drift: bool = False
+    blocks: bool = False
+    smoothing: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -33,6 +39,9 @@ class Needs:
             self.hessian or other.hessian,
             max(self.rows, other.rows),
             self.sequential or other.sequential,
+            self.drift or other.drift,
+            self.blocks or other.blocks,
+            self.smoothing or other.smoothing,
         )
 
     def __bool__(self) -> bool:
@@ -54,8 +63,10 @@ def activation_needs(scheme: Scheme | None) -> Needs:
 class Statistics:
     """What was seen of the inputs [tokens, features] of one Linear, or of one expert.
 
-    count       tokens; low, high: float32 [features], infinite before the first token
+    count       tokens; low, high: float32 [features], infinite before the first token; mean: of |x|, float32 [features]
     hessian     float32 [features, features], the sum of x.T @ x, or None if nobody asked
+    drift       float32 [features, features], the sum of (f - x).T @ x where f are the inputs of the float model; None
+                if nobody asked, or they are not known
     """
 
     def __init__(self, needs: Needs, features: int, device: torch.device | str = "cpu") -> None:
@@ -63,20 +74,29 @@ class Statistics:
         self.low = torch.full((features,), torch.inf, device=device)
         self.high = torch.full((features,), -torch.inf, device=device)
         self.hessian = torch.zeros((features, features), device=device) if needs.hessian else None
+        self.drift: Tensor | None = None
+        self._total = torch.zeros(features, dtype=torch.float64, device=device)
         self._kept: list[Tensor] = []
         self._stride = 1
 
-    def update(self, x: Tensor) -> None:
-        """Count the inputs ``x`` [..., features]; a NaN stays visible in the range."""
+    def update(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Count the inputs ``x`` [..., features]; a NaN stays visible in the range.
+
+        exact: the inputs of the float model for the same tokens, in the shape of ``x``.
+        """
         x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
         low, high = torch.aminmax(x, dim=0)
         self.low = torch.minimum(self.low, low.float())
         self.high = torch.maximum(self.high, high.float())
+        self._total += x.abs().sum(0, dtype=torch.float32)
         if self.hessian is not None:
-            exact = x.float()
-            self.hessian.addmm_(exact.T, exact)
+            values = x.float()
+            self.hessian.addmm_(values.T, values)
+        if self.needs.drift and exact is not None:
+            self.drift = torch.zeros(x.shape[1], x.shape[1], device=x.device) if self.drift is None else self.drift
+            self.drift.addmm_((exact.reshape(x.shape).float() - x.float()).T, x.float())
         if self.needs.rows:
             self._keep(x)
         self.count += len(x)
@@ -87,6 +107,11 @@ class Statistics:
         while sum(map(len, self._kept)) >= 2 * self.needs.rows:
             self._kept = [torch.cat(self._kept)[::2].clone()]
             self._stride *= 2
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean magnitude of each feature, float32 [features]."""
+        return (self._total / max(1, self.count)).float()
 
     @property
     def rows(self) -> Tensor:

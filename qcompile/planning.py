@@ -38,6 +38,11 @@ def make_plan(config: QuantConfig, sites: Iterable[Site], device: str, other_byt
     Raises ConfigError for a rule that matches nothing, when nothing would be quantized, or for a coverage below
     ``config.minimum_coverage``; UnsupportedError when a site that a rule names cannot be quantized as asked.
     """
+    if config.budget is not None:
+        raise ConfigError(
+            f"a budget of {config.budget} is spent by what calibration data tells: call quantize with data=, whose "
+            "report has the plan; or leave out the budget"
+        )
     sites = tuple(sites)
     backend = find_backend(device, to_run=False)
     _no_idle_rules(config, sites)

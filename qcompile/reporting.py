@@ -54,6 +54,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "notes": list(all_notes(report)),
         "expert_tokens": {site: list(tokens) for site, tokens in report.expert_tokens},
         "memory": [dataclasses.asdict(moment) for moment in report.memory],
+        "frontier": [dataclasses.asdict(point) for point in report.frontier],
         "passes": [_pass_dict(record) for record in report.passes],
         "graphs": [
             {

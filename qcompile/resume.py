@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .errors import ConfigError, FormatError
 from .types import PackedWeight, PlannedSite
 
-_INPUTS, _RUN = "inputs.safetensors", "run.json"
+_INPUTS, _RUN, _SCALE = "inputs.safetensors", "run.json", "|scale|"
 
 
 class ResumeFolder:
@@ -57,16 +57,20 @@ class ResumeFolder:
         if (self.path / _INPUTS).is_file():
             self.done = int(_read(self.path / _INPUTS)[0]["done"])
 
-    def save(self, packed: Mapping[str, PackedWeight], facts: Any, inputs: Sequence[Any]) -> None:
+    def save(
+        self, packed: Mapping[str, PackedWeight], facts: Any, inputs: Sequence[Any], scales: Mapping[str, Tensor] = {}
+    ) -> None:
         """Finish one more part: packed weights of its sites, ``facts`` (JSON) about it, what the next one begins with.
 
-        inputs: nests of dicts, lists and tuples with tensors, numbers and None in them.
+        inputs: nests of dicts, lists and tuples with tensors, numbers and None in them. scales: by which values were
+        scaled before the part was quantized, by name.
         """
         tensors = {
             f"{site}|{name}": tensor
             for site, weight in packed.items()
             for name, tensor in (weight.tensors() | weight.activation_tensors()).items()
         }
+        tensors |= {f"{_SCALE}{name}": scale for name, scale in scales.items()}
         _write(self._part(self.done), tensors, {"facts": json.dumps(facts)})
         leaves, spec = pytree.tree_flatten(list(inputs))
         tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
@@ -84,6 +88,11 @@ class ResumeFolder:
             if own and planned.scheme is not None:
                 found[planned.site.name] = PackedWeight(planned.scheme, planned.site.shape, **own)
         return found, json.loads(described["facts"])
+
+    def scales(self, part: int) -> dict[str, Tensor]:
+        """The scales that ``save`` was given for a part."""
+        tensors = _read(self._part(part))[1]
+        return {key.removeprefix(_SCALE): tensor for key, tensor in tensors.items() if key.startswith(_SCALE)}
 
     def inputs(self, device: torch.device) -> list[Any]:
         """What the next part begins with, on ``device``."""

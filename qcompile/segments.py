@@ -29,6 +29,9 @@ Observer = Callable[[str, Tensor, Tensor | None], None]
 Of experts, these are rows [n, in] sorted by expert, and where those of each expert end, int32 [experts].
 """
 
+Compute = Callable[[nn.Module, Sequence[str], Sequence[Tensor]], Tensor]
+"""Called with a module that computes sites, their names and what it reads, in the module's place: for gradients."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -121,9 +124,15 @@ class Segments:
         placeholders = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         return dict(zip(placeholders, inputs, strict=True))
 
-    def run(self, part: Segment, values: Values, observe: Observer | None = None) -> Values:
-        """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``."""
-        after = self._run(part, part.nodes, frozenset(part.nodes), values, observe)
+    def run(
+        self, part: Segment, values: Values, observe: Observer | None = None, compute: Compute | None = None
+    ) -> Values:
+        """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``.
+
+        With ``compute``, gradients are recorded.
+        """
+        with torch.set_grad_enabled(compute is not None):
+            after = self._run(part, part.nodes, frozenset(part.nodes), values, observe, compute)
         # as they would be read from a file: strides can decide the last bits of what is computed
         return {node: value.contiguous() if isinstance(value, Tensor) else value for node, value in after.items()}
 
@@ -136,7 +145,8 @@ class Segments:
             elif node in computed or (computed and _mutates(node)):
                 computed |= {node, *node.all_input_nodes}
         nodes = [node for node in part.nodes if node in computed or node in part.calls]
-        self._run(part, nodes, computed, values, observe)
+        with torch.no_grad():
+            self._run(part, nodes, computed, values, observe)
 
     def dump(self, values: Values) -> dict[str, Any]:
         """``values`` by the names of their nodes."""
@@ -147,9 +157,14 @@ class Segments:
         nodes = {node.name: node for node in self.graph.graph.nodes}
         return {nodes[name]: value for name, value in dumped.items()}
 
-    @torch.no_grad()
     def _run(
-        self, part: Segment, nodes: Sequence[Node], computed: Set[Node], values: Values, observe: Observer | None
+        self,
+        part: Segment,
+        nodes: Sequence[Node],
+        computed: Set[Node],
+        values: Values,
+        observe: Observer | None,
+        compute: Compute | None = None,
     ) -> Values:
         values = _own_copy(values) if any(_mutates(node) for node in nodes) else dict(values)
         for node in nodes:
@@ -158,7 +173,9 @@ class Segments:
                 inputs = [self._value(source, values) for source in _inputs(node, part.calls)]
                 module = self.model.get_submodule(call.module)
                 result = show(module, call.sites, inputs, observe, self.all_tokens) if observe else None
-                if node in computed:
+                if compute is not None:
+                    values[node] = compute(module, call.sites, inputs)
+                elif node in computed:
                     values[node] = module(*inputs) if result is None else result
             else:
                 args: Any = map_arg(node.args, lambda n: self._value(n, values))
@@ -320,9 +337,10 @@ def _reads(node: Node, place: int) -> Hashable:
 
 
 def _last_uses(nodes: list[Node], calls: Mapping[Node, Call]) -> dict[Node, list[Node]]:
-    """From a node to the values that nobody reads after it."""
+    """From a node to the values that nobody reads after it, not even what is not run: the end of the model."""
     done: dict[Node, list[Node]] = {}
-    seen: set[Node] = set()
+    place = {node: index for index, node in enumerate(nodes[-1].graph.nodes)} if nodes else {}
+    seen = {node for node in nodes if any(place[user] > place[nodes[-1]] for user in node.users)}
     for node in reversed(nodes):
         for source in [node, *_inputs(node, calls)]:
             if source not in seen:

@@ -14,8 +14,8 @@ from .errors import FormatError
 from .schemes import ActivationType, Scheme, WeightType
 
 __all__ = [
-    "ActivationType", "GraphRecord", "Moment", "PackedWeight", "PassRecord", "Plan", "PlannedSite", "Report", "Scheme",
-    "Site", "SiteResult", "State", "WeightType",
+    "ActivationType", "FrontierPoint", "GraphRecord", "Moment", "PackedWeight", "PassRecord", "Plan", "PlannedSite",
+    "Report", "Scheme", "Site", "SiteResult", "State", "WeightType",
 ]  # fmt: skip
 
 
@@ -263,6 +263,18 @@ class SiteResult:
 
 
 @dataclass(frozen=True)
+class FrontierPoint:
+    """One plan on the way from the fewest to the most bits (``budget``): bytes of the model, mean bits of its quantized
+    weights, and the divergence that was predicted for it. ``chosen``: it is the plan that was taken.
+    """
+
+    nbytes: int
+    bits: float
+    divergence: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """What one pass did in one graph; ``rejected`` holds (node, reason) of every near-miss."""
 
@@ -312,6 +324,7 @@ class Report:
     notes: tuple[str, ...] = ()
     expert_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
     memory: tuple[Moment, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
 
     @property
     def coverage(self) -> float:

@@ -306,7 +306,7 @@ class TestOrder:
         seen = []
         original = RoundToNearest.quantize
 
-        def quantize(self, weight, scheme, options, statistics=None):
+        def quantize(self, weight, scheme, options, statistics=None, dtype=None):
             seen.append(statistics)
             return original(self, weight, scheme, options)
 

@@ -203,7 +203,7 @@ class TestMethods:
     def test_the_down_projection_is_shown_what_the_quantized_up_gives(self, monkeypatch):
         original, seen = GPTQ.quantize, []
 
-        def quantize_one(self, weight, scheme, options, statistics=None):
+        def quantize_one(self, weight, scheme, options, statistics=None, dtype=None):
             packed = original(self, weight, scheme, options, statistics)
             seen.append((weight, statistics, packed))
             return packed

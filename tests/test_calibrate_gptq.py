@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 import qcompile
 from qcompile.errors import CalibrationError, ConfigError, UnsupportedError
+from qcompile.methods._ranges import search_ranges
 from qcompile.methods.gptq import COLUMNS, METHOD
 from qcompile.methods.rtn import METHOD as RTN
-from qcompile.numerics import dequantize_packed, quantize_weight, unpack_codes
+from qcompile.numerics import dequantize_packed, unpack_codes
 from qcompile.observers import Needs, Statistics
 from qcompile.types import Scheme
 
@@ -59,10 +60,10 @@ def by_the_formula(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme, actord
             columns = work[:, [j for j in range(inn) if place[j].item() // size == group]]
             if actorder == "static":
                 columns = weight[:, group * size : (group + 1) * size]
-            found = quantize_weight(columns.float(), plain, scale_dtype=weight.dtype, observer="mse")
-            scales[group] = found.scales[:, 0].double()
-            half = torch.full((out, 1), 2 ** (scheme.weight.bits - 1))
-            zeros[group] = (half if found.zeros is None else found.zeros)[:, 0]
+            own = [j for j in range(inn) if place[j].item() // size == group]
+            importance = factor.diagonal()[own][place[own].argsort() if actorder == "static" else slice(None)] ** -2
+            found = search_ranges(columns.float(), plain.weight, weight.dtype, importance.float())
+            scales[group], zeros[group] = found[0][:, 0].double(), found[1][:, 0].double()
         scale, zero = scales[group], zeros[group]
         codes[:, i] = (torch.round(work[:, i] / scale) + zero).clamp(0, 2**scheme.weight.bits - 1)
         error = (work[:, i] - (codes[:, i].double() - zero) * scale) / factor[i, i]
@@ -129,7 +130,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"act_order": True}, r"no option 'act_order'. Known: damping, actorder, observer"),
+            ({"act_order": True}, r"no option 'act_order'. Known: damping, actorder, observer, target"),
             ({"actorder": "desc"}, "must be one of .*not 'desc'"),
             ({"observer": "best"}, "must be one of .*not 'best'"),
             ({"damping": -0.1}, "from 0 to 1, not -0.1"),

@@ -6,9 +6,6 @@ After column i is rounded to q, all later columns j become ``W[:, j] -= (W[:, i]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -16,6 +13,8 @@ from ..errors import CalibrationError, ConfigError
 from ..numerics import pack_codes, quantize_weight
 from ..observers import Needs, Statistics
 from ..types import PackedWeight, Scheme, WeightType
+from ._aim import aimed, one_thread
+from ._ranges import search_ranges
 
 COLUMNS = 128  # rounded before the rest of the weight is updated by one product
 
@@ -27,7 +26,10 @@ class GPTQ:
               lie; "group_aware", the same inside of each group, and groups by their largest; "group", groups are made
               in that order (inputs are permuted when the model runs); "none"
     damping   0.01: share of the mean of H's diagonal that is added to it; more for little calibration data
-    observer  "mse" searches the scale of each group with the least squared error, "minmax" takes its range
+    observer  "weighted" searches the scale of each group with the least error, each column's by how much of it the
+              columns that follow cannot make up for (1 / U[i, i]²); "mse" counts all alike, "minmax" takes the range
+    target    "float" aims at what the float model computes, and so makes up for the errors of earlier layers; "own" at
+              what this weight would compute from the inputs that it gets
 
     Scales are chosen when their group is reached, except by "static", which has them from the weights as they were.
     """
@@ -51,10 +53,15 @@ class GPTQ:
 
     def needs(self, scheme: Scheme, options: dict[str, object]) -> Needs:
         """H, of inputs that come from what is quantized already."""
-        return Needs(hessian=True, sequential=True)
+        return Needs(hessian=True, sequential=True, drift=options.get("target") != "own")
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, options: dict[str, object], statistics: Statistics | None = None
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        options: dict[str, object],
+        statistics: Statistics | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PackedWeight:
         """Quantize a float weight [out, in] with the Hessian [in, in] of its inputs.
 
@@ -62,14 +69,19 @@ class GPTQ:
         """
         assert statistics is not None
         assert statistics.hessian is not None
+        dtype = dtype or weight.dtype
+        damping = float(str(options.get("damping", 0.01)))
+        weight = aimed(weight, statistics, damping)
         actorder = str(options.get("actorder", "static"))
         size = min(scheme.weight.group_size or weight.shape[1], weight.shape[1])
         order = _order(statistics.hessian.diagonal(), actorder, size)
-        factor = _inverse_factor(statistics.hessian[order][:, order], float(str(options.get("damping", 0.01))))
-        grid = _Grid(weight, scheme.weight, size, str(options.get("observer", "mse")))
+        factor = _inverse_factor(statistics.hessian[order][:, order], damping)
+        grid = _Grid(weight, dtype, scheme.weight, size, str(options.get("observer", "weighted")))
+        left = factor.diagonal().square().reciprocal()
         if actorder == "static" or size == weight.shape[1]:
+            inverse = torch.argsort(order)
             for group, columns in enumerate(weight.split(size, dim=1)):
-                grid.fit(group, columns.T)
+                grid.fit(group, columns.T, left[inverse[group * size : group * size + size]])
         place = torch.arange(len(order), device=order.device) if actorder == "group" else order  # in storage
         rounded = _round_columns(weight.T.float()[order], factor, grid, (place // size).tolist())
         codes = torch.empty_like(rounded).index_copy_(0, place, rounded).T.contiguous()
@@ -77,27 +89,38 @@ class GPTQ:
             scheme,
             tuple(weight.shape),
             pack_codes(codes, scheme.weight.bits),
-            grid.scales.T.to(weight.dtype).contiguous(),
+            grid.scales.T.to(grid.dtype).contiguous(),
             None if scheme.weight.symmetric else grid.zeros.T.to(torch.uint8).contiguous(),
             order.to(torch.int32) if actorder == "group" else None,
         )
 
 
-_CHOICES = {"actorder": ("static", "group_aware", "group", "none"), "observer": ("mse", "minmax")}
+_CHOICES = {
+    "actorder": ("static", "group_aware", "group", "none"),
+    "observer": ("weighted", "mse", "minmax"),
+    "target": ("float", "own"),
+}
 
 
 class _Grid:
     """What each group of a weight [out, in] is rounded to: scales and zeros float32 [groups, out], once ``fit``."""
 
-    def __init__(self, weight: Tensor, weight_type: WeightType, size: int, observer: str) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, weight_type: WeightType, size: int, observer: str) -> None:
         self.one_group = Scheme(WeightType(weight_type.bits, weight_type.symmetric))
-        self.dtype, self.observer, self.top = weight.dtype, observer, 2**weight_type.bits - 1
+        self.dtype, self.observer, self.top = dtype, observer, 2**weight_type.bits - 1
         groups = -(-weight.shape[1] // size)
         self.scales = weight.new_zeros((groups, weight.shape[0]), dtype=torch.float32)
         self.zeros = torch.full_like(self.scales, 2 ** (weight_type.bits - 1))
 
-    def fit(self, group: int, columns: Tensor) -> None:
-        """Choose scale and zero point of a group for its ``columns`` [group, out]; they are representable."""
+    def fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
+        """Choose scale and zero point of a group for its ``columns`` [group, out]; they are representable.
+
+        importance: [group], of the squared error of each column.
+        """
+        if self.observer == "weighted":
+            scales, zeros = search_ranges(columns.T, self.one_group.weight, self.dtype, importance)
+            self.scales[group], self.zeros[group] = scales[:, 0], zeros[:, 0]
+            return
         packed = quantize_weight(columns.T, self.one_group, scale_dtype=self.dtype, observer=self.observer)
         self.scales[group] = packed.scales[:, 0].float()
         if packed.zeros is not None:
@@ -134,7 +157,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1  # the indexed copy is ours
     mean = diagonal.mean()
-    with _one_thread():
+    with one_thread():
         for share in (damping, *(step for step in (0.01, 0.1, 1.0) if step > damping)):
             damped = hessian.clone()
             damped.diagonal().add_(mean * share)
@@ -149,22 +172,13 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     )
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _round_columns(columns: Tensor, factor: Tensor, grid: _Grid, groups: list[int]) -> Tensor:
     """Codes uint8 [in, out] of float32 ``columns`` [in, out], in their order; ``groups`` are those of the columns.
 
     Columns are changed. A group that is not fitted yet is when its first column is reached: its columns are adjacent.
     """
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    left = factor.diagonal().square().reciprocal()
     start = 0
     while start < len(groups):
         stop = min(start + COLUMNS, len(groups))
@@ -173,7 +187,8 @@ def _round_columns(columns: Tensor, factor: Tensor, grid: _Grid, groups: list[in
         block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
         for i, group in enumerate(groups[start:stop]):
             if not grid.is_fitted(group):
-                grid.fit(group, block[i : i + groups[start:stop].count(group)])
+                members = slice(i, i + groups[start:stop].count(group))
+                grid.fit(group, block[members], left[start:stop][members])
             rounded, value = grid.round(group, block[i])
             own = factor[start + i, start + i : stop]
             errors[i] = (block[i] - value) / own[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -47,11 +48,16 @@ class RoundToNearest:
         return Needs()
 
     def quantize(
-        self, weight: Tensor, scheme: Scheme, options: dict[str, object], statistics: Statistics | None = None
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        options: dict[str, object],
+        statistics: Statistics | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PackedWeight:
         """Quantize a float weight [out, in] or [experts, out, in]."""
         observer, codes = (str(options.get(name, values[0])) for name, values in self.options.items())
-        return quantize_weight(weight, scheme, observer=observer, codes=codes)
+        return quantize_weight(weight, scheme, scale_dtype=dtype, observer=observer, codes=codes)
 
 
 METHOD = RoundToNearest()
