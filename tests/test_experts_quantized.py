@@ -302,6 +302,25 @@ class TestCompiled:
         assert qcompile.report(model).graphs
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("family", "scheme"),
+        [
+            ("qwen2_moe", "w4a16_g32"),
+            ("mixtral", "w8a16"),
+            ("deepseek_v2", "w4a16_g32_asym"),
+            ("deepseek_v3", "w4a16_g32"),
+            ("glm4_moe", "w8a16"),
+        ],
+    )
+    def test_one_graph_for_prompts_and_decoding(self, family, scheme, monkeypatch, fresh_dynamo):
+        model = quantized(family, scheme, monkeypatch)
+        compiled = torch.compile(model, backend="qcompile", fullgraph=True, dynamic=True)
+        for shape in ((2, 12), (3, 1)):
+            ids = torch.randint(3, 150, shape)
+            assert relative_error(logits(compiled, ids), logits(model, ids)) < 1e-5
+        assert qcompile.report(model).graphs
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("block", BLOCKS)
     def test_blocks_that_looped(self, block, fresh_dynamo):
         model = Decoder(BLOCKS[block]()).eval()
