@@ -46,7 +46,7 @@ class TunedBlock:
             self._activations[planned.site.name] = planned.scheme.activation
         self._targets = []
         for values in floats:
-            self._targets.append(_made(values, runner.run(self.whole, values)))
+            self._targets.append(_made(values, runner.run(self.whole, values, to_the_end=True)))
 
     def loss(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Squared error of what the block makes, over the squares of what it should, by ``weights`` of its sites."""
@@ -61,7 +61,7 @@ class TunedBlock:
             return F.linear(x, own.to(x.dtype), getattr(module, "bias", None))
 
         before, wanted = self.states[batch], self._targets[batch]
-        made = _made(before, self.runner.run(self.whole, before, compute=compute))
+        made = _made(before, self.runner.run(self.whole, before, compute=compute, to_the_end=True))
         errors = [(made[key].float() - target.float()).square().sum() for key, target in wanted.items()]
         total = sum(target.float().square().sum().item() for target in wanted.values())
         return torch.stack(errors).sum() / max(total, 1e-12)

@@ -118,6 +118,7 @@ class Segments:
         nodes = _executed(graph, calls)
         self.parts = _cut(nodes, calls, wanted, finely)
         self._done_after = _last_uses(nodes, calls)
+        self._at_the_end = _read_at_the_end(nodes)
 
     def start(self, inputs: tuple[Any, ...]) -> Values:
         """What the first part begins with, for one set of positional inputs."""
@@ -125,14 +126,21 @@ class Segments:
         return dict(zip(placeholders, inputs, strict=True))
 
     def run(
-        self, part: Segment, values: Values, observe: Observer | None = None, compute: Compute | None = None
+        self,
+        part: Segment,
+        values: Values,
+        observe: Observer | None = None,
+        compute: Compute | None = None,
+        to_the_end: bool = False,
     ) -> Values:
         """Run one part on what its predecessor handed on; returns what it hands on itself, and leaves ``values``.
 
-        With ``compute``, gradients are recorded.
+        With ``compute``, gradients are recorded. to_the_end: the last part hands on what the rest of the model reads,
+        which is not run.
         """
+        kept = self._at_the_end if to_the_end else frozenset()
         with torch.set_grad_enabled(compute is not None):
-            after = self._run(part, part.nodes, frozenset(part.nodes), values, observe, compute)
+            after = self._run(part, part.nodes, frozenset(part.nodes), values, observe, compute=compute, kept=kept)
         # as they would be read from a file: strides can decide the last bits of what is computed
         return {node: value.contiguous() if isinstance(value, Tensor) else value for node, value in after.items()}
 
@@ -165,6 +173,7 @@ class Segments:
         values: Values,
         observe: Observer | None,
         compute: Compute | None = None,
+        kept: Set[Node] = frozenset(),
     ) -> Values:
         values = _own_copy(values) if any(_mutates(node) for node in nodes) else dict(values)
         for node in nodes:
@@ -182,7 +191,8 @@ class Segments:
                 kwargs: Any = map_arg(node.kwargs, lambda n: self._value(n, values))
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             for finished in self._done_after.get(node, ()):
-                values.pop(finished, None)
+                if finished not in kept:
+                    values.pop(finished, None)
         return values
 
     def _value(self, node: Node, values: Values) -> Any:
@@ -337,16 +347,21 @@ def _reads(node: Node, place: int) -> Hashable:
 
 
 def _last_uses(nodes: list[Node], calls: Mapping[Node, Call]) -> dict[Node, list[Node]]:
-    """From a node to the values that nobody reads after it, not even what is not run: the end of the model."""
+    """From a node to the values that nobody reads after it."""
     done: dict[Node, list[Node]] = {}
-    place = {node: index for index, node in enumerate(nodes[-1].graph.nodes)} if nodes else {}
-    seen = {node for node in nodes if any(place[user] > place[nodes[-1]] for user in node.users)}
+    seen: set[Node] = set()
     for node in reversed(nodes):
         for source in [node, *_inputs(node, calls)]:
             if source not in seen:
                 seen.add(source)
                 done.setdefault(node, []).append(source)
     return done
+
+
+def _read_at_the_end(nodes: list[Node]) -> set[Node]:
+    """Which of the computed values the rest of the model reads, that is not run."""
+    place = {node: index for index, node in enumerate(nodes[-1].graph.nodes)} if nodes else {}
+    return {node for node in nodes if any(place[user] > place[nodes[-1]] for user in node.users)}
 
 
 def _mutates(node: Node) -> bool:

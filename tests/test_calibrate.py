@@ -356,10 +356,10 @@ class TestOrder:
         }
         seen, original = [], Segments._run
 
-        def run(self, part, nodes, computed, values, observe):
+        def run(self, part, nodes, computed, values, observe, **more):
             done = [site for earlier in self.parts[: self.parts.index(part)] for site in earlier.sites]
             seen.append((len(done), [site for site in done if not references[site].expired()]))
-            return original(self, part, nodes, computed, values, observe)
+            return original(self, part, nodes, computed, values, observe, **more)
 
         monkeypatch.setattr(Segments, "_run", run)
         quantize(model, {"scheme": "w8a8_static", "method": method}, data=ids(), sequence=24)
