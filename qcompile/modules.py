@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import numerics, ops, plugins
 from .errors import ConfigError
+from .memory import return_memory
 from .notebook import show_reports
 from .ops import FLOAT
 from .types import PackedWeight, PlannedSite, Scheme, SiteResult, State
@@ -205,6 +206,7 @@ def quantize_site(
         del weight
         if release is not None:
             release()
+        return_memory()  # temporaries of quantizing, up to 64 MB that glibc keeps, would lie beside the kernel's layout
         module = module_of(planned, packed, bias)
     return module, SiteResult(planned, sum(t.numel() * t.element_size() for t in module.buffers()), sqnr)
 

@@ -93,22 +93,23 @@ class Native(Kernel):
         codes, scales, zeros = (_padded(t, rows) for t in (packed.codes, packed.scales, packed.zeros))
         assert codes is not None
         assert scales is not None
-        panels, sums = _empty_panels(codes.shape[0], groups * size, weight.bits), []
+        panels = _empty_panels(codes.shape[0], groups * size, weight.bits)
+        sums = torch.empty(codes.shape[0], groups, dtype=torch.int32) if packed.scheme.activation else None
         step = _round_up(max(1, numerics.CHUNK // (groups * size)), PANEL)  # bounds the temporaries
         for start in range(0, codes.shape[0], step):
             chunk = numerics.unpack_codes(codes[start : start + step], weight.bits, inn)
             chunk = F.pad(chunk, (0, groups * size - inn))
             panels[start // PANEL : (start + step) // PANEL] = _panel_codes(chunk, weight.bits)
-            if packed.scheme.activation is not None:
+            if sums is not None:
                 zero = 2 ** (weight.bits - 1) if zeros is None else zeros[start : start + step].int()
-                sums.append(chunk.view(-1, groups, size).sum(-1, dtype=torch.int32) - size * zero)
+                sums[start : start + step] = chunk.view(-1, groups, size).sum(-1, dtype=torch.int32) - size * zero
         if zeros is not None:
             zeros = (zeros if weight.bits <= 4 else zeros ^ 0x80).view(torch.int8)
         tensors = [
             panels,
             _panel_values(scales),
             None if zeros is None else _panel_values(zeros),
-            _panel_values(torch.cat(sums)) if sums else None,
+            None if sums is None else _panel_values(sums),
         ]
         stacked = [t.unflatten(0, (*experts, -1)) if experts else t for t in tensors if t is not None]
         return stacked if packed.permutation is None else [*stacked, packed.permutation]
