@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parts, plugins, skeleton
+from .calibrate import refuse_without_data
 from .config import QuantConfig, as_config
 from .errors import ConfigError, UnsupportedError, shortened
 from .float_experts import held_tensors
@@ -199,8 +200,9 @@ def load(
     started = time.perf_counter()
     with Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
         backend = find_backend(device)
-        settings = None if config is None else as_config(dict(config) if isinstance(config, Mapping) else config)
-        survey = Survey(folder, backend, device, model, dtype, settings)
+        survey = Survey(folder, backend, device, model, dtype, _settings(config))
+        if config is not None:
+            refuse_without_data(survey.plan, "Load the float model, then call quantize with data=.")
         results = survey.load(progress)
     model = survey.model.to(device)  # buffers that no file holds
     if (head := skeleton.head_name(model)) and any(p.site.name == head for p in survey.plan.quantized):
@@ -216,13 +218,19 @@ def inspect(
     *,
     device: str = "cpu",
     model: nn.Module | None = None,
+    config: QuantConfig | Mapping[str, Any] | str | Path | None = None,
     allow_download: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
     """What ``load`` would do, from config and tensor headers alone; the device need not be there.
 
-    Raises what ``load`` would raise for them.
+    config: of a float checkpoint, what ``quantize`` with it would do, also by methods that need data. Raises what
+    ``load`` would raise for config and headers.
     """
     backend = find_backend(device, to_run=False)
     with collection_paused(), Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
-        return Survey(folder, backend, device, model, None).plan
+        return Survey(folder, backend, device, model, None, _settings(config)).plan
+
+
+def _settings(config: QuantConfig | Mapping[str, Any] | str | Path | None) -> QuantConfig | None:
+    return None if config is None else as_config(dict(config) if isinstance(config, Mapping) else config)

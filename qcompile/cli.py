@@ -105,7 +105,16 @@ def demo(
 
 
 @app.command(epilog="Example: [bold]qcompile inspect examples/tiny_lm --device cpu --json[/]")
-def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False, soc: Soc = None) -> None:
+def inspect(
+    path: Checkpoint,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Of a float checkpoint: how it would be quantized, by a preset, a scheme or a file.yaml."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+    soc: Soc = None,
+) -> None:
     """Show what would happen to every site of a checkpoint, from its config and headers alone.
 
     Reads no weights. Exits with 1 if this checkpoint cannot be used on the device, which need not be there.
@@ -115,7 +124,7 @@ def inspect(path: Checkpoint, device: Device = "cpu", as_json: Json = False, soc
     from .reporting import plan_dict
 
     with chip(device, soc):
-        plan = qcompile.inspect(path, device=device)
+        plan = qcompile.inspect(path, device=device, config=config)
     print(json.dumps(plan_dict(plan), indent=2) if as_json else plan)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import numerics, parts, plugins
-from .calibrate import refuse_without_data
 from .config import QuantConfig
 from .errors import ConfigError, FormatError
 from .memory import return_memory
@@ -26,15 +25,13 @@ if TYPE_CHECKING:
 def plan_stream(survey: Survey, settings: QuantConfig) -> Plan:
     """What ``quantize`` would do to the model of a float checkpoint, which is still on the meta device.
 
-    ConfigError for a quantized checkpoint, CalibrationError for methods and schemes that need data.
+    ConfigError for a quantized checkpoint.
     """
     if survey.format is not None:
-        raise ConfigError(f"{survey.folder.path} is quantized already; load it without config=")
+        raise ConfigError(f"{survey.folder.path} is quantized already, as {survey.format.name}; leave out the config")
     traced = settings.tracing == "export" and is_language_model(survey.model)
     sites = trace(survey.model).sites if traced else tuple(survey.sites)
-    plan = make_plan(settings, sites, survey.device, survey.other_bytes())
-    refuse_without_data(plan, "Load the float model, then call quantize with data=.")
-    return plan
+    return make_plan(settings, sites, survey.device, survey.other_bytes())
 
 
 def quantize_stored(survey: Survey, planned: PlannedSite) -> tuple[PackedWeight, float]:

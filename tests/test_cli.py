@@ -176,6 +176,14 @@ class TestInspect:
         facts = json.loads(invoke("inspect", quantized, "--json").stdout)
         assert (facts["device"], facts["sites_quantized"]) == ("cpu", 14)
 
+    def test_how_a_float_checkpoint_would_be_quantized(self, folder, quantized, tmp_path):
+        """Also for a device that is not there, and by a method whose data only quantizing needs."""
+        facts = json.loads(invoke("inspect", folder, "--config", "awq", "--device", "npu", "--json").stdout)
+        assert (facts["device"], facts["sites_quantized"]) == ("npu", 14)
+        result = invoke("inspect", quantized, "--config", "w8a16")
+        assert result.exit_code == 1
+        assert "is quantized already, as compressed-tensors; leave out the config" in str(result.exception)
+
     def test_damage_is_1(self, quantized, tmp_path):
         import shutil
 

@@ -323,7 +323,7 @@ def test_fused_float_experts_are_streamed_one_by_one(tmp_path, monkeypatch):
 
 
 def test_a_quantized_checkpoint_cannot_be_quantized_again(checkpoint):
-    with pytest.raises(ConfigError, match="is quantized already; load it without config="):
+    with pytest.raises(ConfigError, match="is quantized already, as compressed-tensors; leave out the config"):
         qcompile.load(checkpoint[1], config="w8a16")
 
 
