@@ -94,6 +94,12 @@ def where(condition, x, other):
     return torch.where(condition, x, other)
 
 
+@aclnn("ScatterValue", "x dim:int index value:scalar reduce:int > y")
+def scatter_value(x, dim, index, value, reduce):
+    assert reduce == 0  # replace
+    return x.scatter(dim, index, value)
+
+
 # ------------------------------------------------------------------------------------------------------- in place
 
 
@@ -115,6 +121,11 @@ def one(to):
 @aclnn("InplaceFillScalar", "to value:scalar")
 def fill(to, value):
     to.fill_(value)
+
+
+@aclnn("InplaceMaskedFillScalar", "to mask value:scalar")
+def masked_fill(to, mask, value):
+    to.masked_fill_(mask, value)
 
 
 @aclnn("InplaceAdds", "to other:scalar alpha:scalar")

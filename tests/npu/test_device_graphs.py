@@ -85,3 +85,31 @@ def test_every_operation_becomes_one_of_the_graph_engine(kind, scheme, monkeypat
     graphs.finish(graph, [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"], [], "torchair")
     engine = {op.type for made_graph in made_graphs for op in made_graph.graph.op}
     assert {ENGINE[name] for name in called} <= engine, sorted(engine)
+
+
+class Block(torch.nn.Module):
+    """Inputs without names of their own, which would meet those that torchair gives."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *tensors):
+        return self.graph(*tensors)
+
+
+@pytest.mark.parametrize(("kind", "scheme"), CASES)
+def test_every_block_is_exported_for_the_graph_engine(kind, scheme, tmp_path, monkeypatch):
+    """By torchair's own way to a file, through Dynamo and with any number of tokens."""
+    graphs._set_up("torchair")
+    import torchair
+    import torchair.core._torchair as core
+
+    monkeypatch.setattr(core, "check_cann_compat", lambda *_: "")  # it asks CANN's registry of operations
+    graph, tensors = traced(made(kind, scheme, "npu"), inputs(kind, 5, "npu"))
+    called = {str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("npu.")}
+    block = Block(graphs.convertible(graph))
+    torchair.dynamo_export(*tensors, model=block, export_path=str(tmp_path), export_name="block", dynamic=True)
+    written = (tmp_path / "dynamo.pbtxt").read_text()
+    missing = [ENGINE[name] for name in called if f'op: "{ENGINE[name]}"' not in written]
+    assert not missing
