@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.errors import QcompileError
 from qcompile.modules import quantized_modules
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -67,15 +68,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``increase`` is of the perplexity over that of the float model."""
+    """One line of the table; ``increase`` is of the perplexity over that of the float model. None: it was refused."""
 
     model: str
     scheme: str
     method: str
-    perplexity: float
-    increase: float
-    divergence: float
-    seconds: float  # to quantize, 0 where that is not known
+    perplexity: float | None = None
+    increase: float | None = None
+    divergence: float | None = None
+    seconds: float = 0.0  # to quantize, 0 where that is not known
+    refused: str = ""  # why there is no checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring
@@ -184,7 +186,9 @@ def table(rows: list[Row]) -> str:
     lines = ["| model | scheme | method | perplexity | increase | KL | seconds |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         seconds = f"{row.seconds:.0f}" if row.seconds else ""
-        numbers = f"{row.perplexity:.3f} | {row.increase:+.3f} | {row.divergence:.5f}"
+        numbers = f"refused: {row.refused} | | "
+        if row.perplexity is not None:
+            numbers = f"{row.perplexity:.3f} | {row.increase:+.3f} | {row.divergence:.5f}"
         lines.append(f"| {row.model} | {row.scheme} | {row.method} | {numbers} | {seconds} |")
     return "\n".join(lines)
 
@@ -216,10 +220,14 @@ def main() -> None:
             plain = score(folder, windows, expected)
             rows.append(Row(model, "float", "", plain.perplexity, 0.0, plain.divergence, 0.0))
             for scheme, label, make in runs(model, folder, arguments.peers, arguments, temporary):
-                path, seconds = make()
-                found = score(path, windows, expected)
-                increase = found.perplexity - plain.perplexity
-                rows.append(Row(model, scheme, label, found.perplexity, increase, found.divergence, seconds))
+                try:
+                    path, seconds = make()
+                except QcompileError as error:
+                    rows.append(Row(model, scheme, label, refused=" ".join(str(error).split())))
+                else:
+                    found = score(path, windows, expected)
+                    increase = found.perplexity - plain.perplexity
+                    rows.append(Row(model, scheme, label, found.perplexity, increase, found.divergence, seconds))
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.json:

@@ -68,3 +68,14 @@ def test_outliers_change_nothing_but_the_channels(quality, make):
 def test_every_method_is_a_config(quality):
     for method in quality.METHODS.values():
         qcompile.QuantConfig(**method)
+
+
+def test_a_method_that_refuses_a_scheme_is_a_line(quality, folder, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "prepare", lambda *_: folder)
+    options = ["--models", "tiny_lm", "--schemes", "wmxfp4a16", "--methods", "gptq", "rtn"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *options])
+    quality.main()
+    _, refused, rounded = capsys.readouterr().out.splitlines()[2:]
+    assert "qcompile-gptq | refused: " in refused
+    assert "not to mxfp4" in refused
+    assert "qcompile-rtn | refused" not in rounded
