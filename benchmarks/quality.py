@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn-mse": {"method": "rtn", "options": {"observer": "mse"}},
     "awq": {"method": "awq"},
     "smoothquant": {"method": "smoothquant"},
+    "smoothquant-gptq": {"method": "smoothquant", "options": {"rounding": "gptq"}},
     "gptq": {"method": "gptq"},
     "autoround": {"method": "autoround"},
     "awq-gptq": {"method": "awq", "options": {"rounding": "gptq"}},
