@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from . import plugins
 from .blocks import TunedBlock
 from .errors import CalibrationError, ConfigError
-from .observers import Needs, Statistics, activation_needs, search_clip, static_parameters
+from .observers import Needs, Statistics, activation_needs, search_clip, shared_rounding, static_parameters
 from .progress import progress_bar
 from .resume import ResumeFolder
 from .segments import Runner, Segment, Segments, WholeModel
@@ -174,7 +174,7 @@ class Calibration:
         for job in jobs:
             for site in job.sites:  # experts see their own tokens, Linears all
                 groups.setdefault((job.name, self.plan[site].site.experts), []).append(site)
-        seen = self._collect(block, list(groups.values()), self.needs, states, lambda name: None)
+        seen = self._collect(block, list(groups.values()), self.needs, states, lambda name: None, rounded=False)
         return self.smoother.search(jobs, seen, self.weight_of, self.rare.tokens)
 
     def _tune(self, block: Sequence[Segment], states: list[Any], floats: list[Any]) -> dict[str, PackedWeight]:
@@ -268,11 +268,12 @@ class Calibration:
         states: list[Any],
         advance: Callable[[str], None],
         floats: list[Any] | None = None,
+        rounded: bool = True,
     ) -> dict[str, Seen]:
         """What the sites of ``groups``, in consecutive ``parts``, read; those of one group share the object.
 
         Unless propagation is sequential, ``states`` move on to what the parts hand on. floats: the states of the float
-        model, that move on in any case; the one part is float then.
+        model, that move on in any case; the one part is float then. rounded: as the quantized sites read it.
         """
         leaders: dict[str, Seen] = {}
         seen: dict[str, Seen] = {}
@@ -282,7 +283,8 @@ class Calibration:
                 continue
             site = self.plan[sites[0]].site
             device = self.weight_of(self.plan[sites[0]]).device
-            leaders[sites[0]] = [Statistics(needs, site.in_features, device) for _ in range(max(1, site.experts))]
+            read = shared_rounding(self.plan[name].scheme for name in sites) if rounded else None
+            leaders[sites[0]] = [Statistics(needs, site.in_features, device, read) for _ in range(max(1, site.experts))]
             seen |= dict.fromkeys(sites, leaders[sites[0]])
 
         exact: dict[str, Tensor] = {}

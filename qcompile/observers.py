@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,13 @@ def activation_needs(scheme: Scheme | None) -> Needs:
     return Needs(ranges="input_scale" in activation.params, rows=CLIP_ROWS if activation.clip else 0)
 
 
+def shared_rounding(schemes: Iterable[Scheme | None]) -> ActivationType | None:
+    """What sites of these schemes round the one value that they read to; None if not alike, or by stored parameters."""
+    found = {scheme.activation if scheme else None for scheme in schemes}
+    activation = found.pop()
+    return activation if activation is not None and not found and not activation.params else None
+
+
 class Statistics:
     """What was seen of the inputs [tokens, features] of one Linear, or of one expert.
 
@@ -67,10 +75,19 @@ class Statistics:
     hessian     float32 [features, features], the sum of x.T @ x, or None if nobody asked
     drift       float32 [features, features], the sum of (f - x).T @ x where f are the inputs of the float model; None
                 if nobody asked, or they are not known
+
+    activation: what the site rounds its inputs to, by rules that need no stored parameters. Then x is what was rounded,
+    everywhere but in the ranges and the mean: a weight can make up for some of that error, too.
     """
 
-    def __init__(self, needs: Needs, features: int, device: torch.device | str = "cpu") -> None:
-        self.needs, self.count = needs, 0
+    def __init__(
+        self,
+        needs: Needs,
+        features: int,
+        device: torch.device | str = "cpu",
+        activation: ActivationType | None = None,
+    ) -> None:
+        self.needs, self.count, self.activation = needs, 0, activation
         self.low = torch.full((features,), torch.inf, device=device)
         self.high = torch.full((features,), -torch.inf, device=device)
         self.hessian = torch.zeros((features, features), device=device) if needs.hessian else None
@@ -91,6 +108,8 @@ class Statistics:
         self.low = torch.minimum(self.low, low.float())
         self.high = torch.maximum(self.high, high.float())
         self._total += x.abs().sum(0, dtype=torch.float32)
+        if self.activation is not None:
+            x = dequantize_activation(quantize_activation(x, self.activation), self.activation).to(x.dtype)
         if self.hessian is not None:
             values = x.float()
             self.hessian.addmm_(values.T, values)

@@ -13,8 +13,8 @@ from qcompile.errors import CalibrationError, ConfigError, UnsupportedError
 from qcompile.methods._ranges import search_ranges
 from qcompile.methods.gptq import COLUMNS, METHOD
 from qcompile.methods.rtn import METHOD as RTN
-from qcompile.numerics import dequantize_packed, unpack_codes
-from qcompile.observers import Needs, Statistics
+from qcompile.numerics import dequantize_activation, dequantize_packed, quantize_activation, unpack_codes
+from qcompile.observers import Needs, Statistics, shared_rounding
 from qcompile.types import Scheme
 
 ORDERS = ("static", "group_aware", "group", "none")
@@ -162,3 +162,28 @@ def test_a_model_is_nearer_to_its_float_self():
             qcompile.quantize(model, {"scheme": "w3a8", "method": method}, data=data, sequence=32, progress=False)
             results[method] = (model(data, use_cache=False).logits - expected).square().mean().item()
     assert results["gptq"] < 0.6 * results["rtn"]
+
+
+class TestRoundedInputs:
+    """A weight whose inputs are rounded when the model runs is fitted to what they are then."""
+
+    def test_the_product_of_rounded_inputs_is_nearer_to_that_of_floats(self):
+        scheme, x, weight = Scheme.parse("w4a4"), inputs(512, 64), torch.randn(48, 64)
+        needs = Needs(hessian=True, drift=True)
+        errors = []
+        for activation in (None, scheme.activation):
+            found = Statistics(needs, 64, activation=activation)
+            found.update(x, x)
+            assert torch.equal(found.low, x.amin(0))
+            packed = METHOD.quantize(weight, Scheme(scheme.weight), {}, found)
+            read = dequantize_activation(quantize_activation(x, scheme.activation), scheme.activation)
+            made = read.float() @ dequantize_packed(packed, torch.float32).T
+            errors.append((made - x @ weight.T).square().sum().item())
+        assert errors[1] < 0.9 * errors[0]
+
+    def test_sites_share_a_rounding_if_all_have_it(self):
+        w4a8, w8a8, w4a4, static = map(Scheme.parse, ("w4a8", "w8a8", "w4a4", "w8a8_static"))
+        assert shared_rounding([w4a8, w8a8]) == w4a8.activation
+        assert shared_rounding([w4a8, w4a4]) is None
+        assert shared_rounding([w4a8, None]) is None
+        assert shared_rounding([static]) is None
