@@ -7,12 +7,12 @@ activations (compressed-tensors 0.20, ``quantization/quant_args.py``); ignored m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..types import ActivationType, Scheme, WeightType
+from ._patterns import matches
 
 EXPERTS = "MoEGMM"
 _CLASSES = ("Linear", "Module")
@@ -110,10 +110,7 @@ def _matches(name: str, pattern: Any, is_expert: bool) -> int:
     if not isinstance(pattern, str):
         raise FormatError(f"config.json: targets and ignore hold names, not {pattern!r}")
     if pattern.startswith("re:"):
-        try:
-            return 3 if re.match(pattern[3:], name) else 0
-        except re.error as error:
-            raise FormatError(f"config.json: {pattern!r} is not a regular expression: {error}") from None
+        return 3 if matches(pattern[3:], name, "targets or ignore") else 0
     if pattern == EXPERTS:
         return 2 if is_expert else 0
     return 4 if pattern == name else 1 if pattern in _CLASSES else 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from .. import numerics
 from ..errors import ConfigError, FormatError, UnsupportedError
 from ..types import PackedWeight, Scheme, WeightType
 from ._headers import Stored, Wanted, check
+from ._patterns import matches
 
 AUTO_ROUND = ("auto-round", "intel/auto-round")
 _REGEX = set(r"*+?^$()[]{}|\\")
@@ -51,11 +51,11 @@ def settings_of(name: str, section: Mapping[str, Any]) -> tuple[Mapping[str, Any
     """
     for key, overrides in _entries(section, "dynamic"):
         kind, pattern = (key[:2], key[2:]) if key[:2] in ("+:", "-:") else ("+:", key)
-        if _matches(re.match, pattern, name, "dynamic"):
+        if matches(pattern, name, "dynamic"):
             origin = f"the rule {key!r} of dynamic"
             return (None if kind == "-:" else {**section, **(overrides or {})}), origin
     extra = dict(_entries(section, "extra_config"))
-    regexes = (key for key in extra if _REGEX & set(key) and _matches(re.search, key, name, "extra_config"))
+    regexes = (key for key in extra if _REGEX & set(key) and matches(key, name, "extra_config", anywhere=True))
     if closest := name if name in extra else next(regexes, None):
         merged = {**section, **(extra[closest] or {})}
         excluded = merged.get("bits") in (16, 32) or str(merged.get("data_type", "int")).startswith(
@@ -70,13 +70,6 @@ def _entries(section: Mapping[str, Any], key: str) -> Iterable[tuple[str, Mappin
     if not isinstance(entries, Mapping) or any(not isinstance(v, Mapping | None) for v in entries.values()):
         raise FormatError(f"config.json: {key} must map names to objects")
     return entries.items()
-
-
-def _matches(match: Callable, pattern: str, name: str, where: str) -> bool:
-    try:
-        return match(pattern, name) is not None
-    except re.error as error:
-        raise FormatError(f"config.json: {pattern!r} of {where} is not a regular expression: {error}") from None
 
 
 def scheme_of(name: str, settings: Mapping[str, Any], origin: str, symmetric: bool, widths: Iterable[int]) -> Scheme:
