@@ -176,7 +176,7 @@ class TestInspect:
         facts = json.loads(invoke("inspect", quantized, "--json").stdout)
         assert (facts["device"], facts["sites_quantized"]) == ("cpu", 14)
 
-    def test_how_a_float_checkpoint_would_be_quantized(self, folder, quantized, tmp_path):
+    def test_how_a_float_checkpoint_would_be_quantized(self, folder, quantized):
         """Also for a device that is not there, and by a method whose data only quantizing needs."""
         facts = json.loads(invoke("inspect", folder, "--config", "awq", "--device", "npu", "--json").stdout)
         assert (facts["device"], facts["sites_quantized"]) == ("npu", 14)
