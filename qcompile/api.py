@@ -35,7 +35,18 @@ from .planning import find_backend, make_plan
 from .resume import ResumeFolder, digest, sample
 from .sites import first_names, module_name, walk_sites
 from .trace import as_called, attribute, is_language_model, trace
-from .types import FrontierPoint, PackedWeight, PassRecord, Plan, PlannedSite, Report, Site, SiteResult, State
+from .types import (
+    FrontierPoint,
+    PackedWeight,
+    PassRecord,
+    Plan,
+    PlannedSite,
+    Report,
+    Sensitivity,
+    Site,
+    SiteResult,
+    State,
+)
 from .verify import run_pass
 
 Config = QuantConfig | Plan | dict | str | Path
@@ -89,8 +100,8 @@ def quantize(
     every expert sees every token (experts / k times the work); or "rtn", it is rounded to nearest, its static scale is
     that of the others.
 
-    A config with a budget reads data, too, and chooses the bits of every site by it; ``report(model).frontier`` holds
-    what each amount of bytes would have bought.
+    A config with a budget reads data, too, and chooses the bits of every site by it; ``frontier`` and ``sensitivity``
+    of the report hold what each amount of bytes would have bought, and what each site costs.
 
     resume: a folder that keeps what is done after each part of the calibration. When a run was interrupted, load the
     float model again and call this with the same arguments: it goes on where it was, with the same result.
@@ -121,9 +132,10 @@ def quantize(
     )
     _check_weights(model, decided, experts)
     frontier: tuple[FrontierPoint, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
     if settings is not None and amount:
         fuse(model, _affected(experts, decided))
-        decided, frontier = _spent(model, settings, decided, example_inputs, inputs, progress)
+        decided, frontier, sensitivity = _spent(model, settings, decided, example_inputs, inputs, progress)
         notes += (f"a budget of {amount} was spent by divergences that were measured",)
     folder, unused = _resume_folder(resume, model, decided, inputs, rare)
     notes += unused
@@ -157,6 +169,7 @@ def quantize(
         expert_tokens=calibration.expert_tokens,
         memory=tuple(timeline.moments),
         frontier=frontier,
+        sensitivity=sensitivity,
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
     set_state(model, State(decided, report_, graph))
@@ -335,8 +348,8 @@ def _spent(
     example_inputs: tuple[Any, ...] | None,
     inputs: list[tuple[Any, ...]],
     progress: bool | None,
-) -> tuple[Plan, tuple[FrontierPoint, ...]]:
-    """The plan that the budget of a config buys, and what else could have been bought."""
+) -> tuple[Plan, tuple[FrontierPoint, ...], tuple[Sensitivity, ...]]:
+    """The plan that the budget of a config buys, what else could have been bought, and what each site costs."""
     sites, asked = [p.site for p in plan], settings.without_budget()
     plans = [
         make_plan(asked.model_copy(update={"scheme": scheme}), sites, plan.device, plan.other_bytes)
@@ -356,7 +369,7 @@ def _spent(
         is_language_model(model) and example_inputs is None,
         progress,
     )
-    return budget.spend(smallest, choices, divergences, amount)
+    return *budget.spend(smallest, choices, divergences, amount), budget.sensitivities(choices, divergences)
 
 
 def _resume_folder(

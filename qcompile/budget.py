@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError, ConfigError
 from .numerics import dequantize_packed, quantize_weight
 from .progress import progress_bar
-from .types import FrontierPoint, Plan, PlannedSite, Scheme
+from .types import FrontierPoint, Plan, PlannedSite, Scheme, Sensitivity
 
 BITS = (2, 3, 4, 5, 6, 8)
 _UNITS = {"kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -153,6 +153,16 @@ def measure(
                 found[name] = [divergence * error / errors[0] if errors[0] else 0.0 for error in errors]
                 advance(name)
     return found
+
+
+def sensitivities(
+    choices: Mapping[str, Sequence[PlannedSite]], divergences: Mapping[str, Sequence[float]]
+) -> tuple[Sensitivity, ...]:
+    """What ``measure`` found, for the report."""
+    return tuple(
+        Sensitivity(name, tuple((str(p.scheme), cost) for p, cost in zip(own, divergences[name], strict=True)))
+        for name, own in choices.items()
+    )
 
 
 @contextmanager

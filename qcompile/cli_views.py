@@ -75,7 +75,7 @@ def bench(
     import qcompile
 
     from . import evaluation, models
-    from .reporting import size
+    from .tables import size
 
     model = qcompile.load(path, device=device)
     prompt = torch.arange(2, 2 + prompt_tokens, device=device)[None] % model.config.vocab_size  # type: ignore

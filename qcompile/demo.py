@@ -17,7 +17,7 @@ from . import evaluation, models
 from .api import quantize, report
 from .checkpoint import load
 from .errors import ConfigError, PassError
-from .reporting import size
+from .tables import size
 from .types import Report
 
 SCHEMES = ("w4a16_g128", "w4a16_g32_asym", "w8a16", "w8a8")

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .reporting import NUMBER, bytes_after, decibel, number_runs, size
-from .types import Moment, Report, SiteResult
+from .reporting import bytes_after
+from .tables import NUMBER, decibel, number_runs, size
+from .types import FrontierPoint, Moment, Report, SiteResult
 
 Cell = dict[str, str]  # kind: a CSS class, text: the same in words
 _STEPS = 5  # shades of a map
@@ -54,6 +55,68 @@ def error_map(results: Sequence[SiteResult]) -> tuple[list[dict[str, Any]], list
     return _site_map(measured, cell), legend
 
 
+def sensitivity_map(report: Report) -> tuple[list[dict[str, Any]], list[Cell]]:
+    """Per cell what the site costs at its fewest bits, in shades of its logarithm; and their legend."""
+    costs = {own.site: own.divergences for own in report.sensitivity}
+    measured = [r for r in report.sites if r.planned.site.name in costs]
+    known = sorted({cost for own in costs.values() if (cost := own[0][1]) > 0})
+    if not known:
+        return [], []
+    span = math.log(known[-1] / known[0]) or 1.0
+
+    def cell(here: Sequence[SiteResult]) -> Cell:
+        if not here:
+            return {"kind": "none", "text": "no such site"}
+        worst = max(here, key=lambda r: costs[r.planned.site.name][0][1])
+        scheme, cost = costs[worst.planned.site.name][0]
+        depth = math.log(known[-1] / max(cost, known[0])) / span
+        chosen = "" if worst.planned.scheme is None else f", became {worst.planned.scheme}"
+        return {
+            "kind": f"heat-{min(_STEPS - 1, int(_STEPS * depth))}",
+            "text": f"{cost:.2g} at {scheme}{chosen}",
+        }
+
+    edges = [known[-1] * math.exp(-span * i / _STEPS) for i in range(_STEPS + 1)]
+    legend = [{"kind": f"heat-{i}", "text": f"{edges[i]:.2g} to {edges[i + 1]:.2g}"} for i in range(_STEPS)]
+    return _site_map(measured, cell), legend
+
+
+def frontier_plot(frontier: Sequence[FrontierPoint]) -> dict[str, Any] | None:
+    """The plot of divergence (logarithmic) against bits per weight, in percent of its box; None for less than a line.
+
+    Bits and not bytes, because a kernel may store 2 bits in the space of 4.
+    """
+    floor = min((point.divergence for point in frontier if point.divergence > 0), default=0.0)
+    if not floor or frontier[-1].bits <= frontier[0].bits:
+        return None
+    low, high = math.floor(math.log10(floor)), math.ceil(math.log10(frontier[0].divergence))
+    high = max(high, low + 1)
+    fewest, most = frontier[0].bits, frontier[-1].bits
+
+    def place(point: FrontierPoint) -> dict[str, Any]:
+        height = (math.log10(max(point.divergence, floor)) - low) / (high - low)
+        x = 100 * (point.bits - fewest) / (most - fewest)
+        text = f"{point.bits:.2f} bits per weight, {size(point.nbytes)}: divergence {point.divergence:.2g}"
+        return {"x": round(x, 2), "y": round(100 * (1 - height), 2), "text": text}
+
+    points = [place(point) for point in frontier]
+    step = max(1, math.ceil((high - low) / 6))  # decades between lines
+    return {
+        "line": " ".join(f"{point['x']},{point['y']}" for point in points),
+        "chosen": next((place(point) for point in frontier if point.chosen), None),
+        "first": points[0],
+        "last": points[-1],
+        "x_ticks": [
+            {"at": round(100 * (bits - fewest) / (most - fewest), 2), "text": f"{bits} bits"}
+            for bits in range(math.ceil(fewest), math.floor(most) + 1)
+        ],
+        "y_ticks": [
+            {"at": round(100 * (high - power) / (high - low), 2), "text": f"{10.0**power:g}"}
+            for power in range(low, high + 1, step)
+        ],
+    }
+
+
 def expert_map(expert_tokens: Sequence[tuple[str, Sequence[int]]]) -> list[dict[str, Any]]:
     """One strip per site of experts, a cell per expert, shaded by the tokens it saw (to the power of one half)."""
     strips = []
@@ -67,7 +130,7 @@ def expert_map(expert_tokens: Sequence[tuple[str, Sequence[int]]]) -> list[dict[
             for expert, count in enumerate(tokens)
         ]
         unseen = sum(not count for count in tokens)
-        summary = f"{min(tokens)} to {max(tokens)} tokens" + (f", {unseen} experts saw none" if unseen else "")
+        summary = f"{min(tokens)} to {max(tokens)} tokens" + (f", {unseen} saw none" if unseen else "")
         strips.append({"label": name, "cells": cells, "summary": summary})
     return strips
 

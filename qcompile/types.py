@@ -15,7 +15,7 @@ from .schemes import ActivationType, Scheme, WeightType
 
 __all__ = [
     "ActivationType", "FrontierPoint", "GraphRecord", "Moment", "PackedWeight", "PassRecord", "Plan", "PlannedSite",
-    "Report", "Scheme", "Site", "SiteResult", "State", "WeightType",
+    "Report", "Scheme", "Sensitivity", "Site", "SiteResult", "State", "WeightType",
 ]  # fmt: skip
 
 
@@ -275,6 +275,17 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What a budget learned of one site: (scheme, divergence that it alone causes), from the fewest bits to the most.
+
+    The first divergence was measured, the others follow the error of the weight.
+    """
+
+    site: str
+    divergences: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """What one pass did in one graph; ``rejected`` holds (node, reason) of every near-miss."""
 
@@ -312,7 +323,8 @@ class Report:
     """What was done, what was not, and why; numbers per site. Prints as a table.
 
     ``expert_tokens`` holds, for sites of experts that were calibrated, how many tokens of the data each expert saw.
-    ``memory`` is empty where the system does not tell.
+    ``memory`` is empty where the system does not tell. ``frontier`` and ``sensitivity`` are those of a budget; their
+    divergences are in nats per token for a language model, else the squared error of its outputs over their square.
     """
 
     model: str
@@ -325,6 +337,7 @@ class Report:
     expert_tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
     memory: tuple[Moment, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
 
     @property
     def coverage(self) -> float:

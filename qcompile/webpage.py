@@ -10,17 +10,15 @@ from . import pictures
 from .reporting import (
     all_notes,
     bytes_after,
-    footnotes,
     graph_summary,
-    kernel_rows,
     largest_error,
+    most_sensitive,
     pass_summary,
     refusals,
-    rows,
-    site_cells,
-    size,
+    shown_points,
 )
-from .types import Report
+from .tables import footnotes, kernel_rows, rows, site_cells, size
+from .types import Report, Scheme
 
 
 def html_page(
@@ -54,9 +52,10 @@ def _html_section(report: Report) -> dict[str, Any]:
     merged = rows(report.sites)
     quantized = [row for row in merged if row.scheme]
     marks, notes = footnotes(quantized)
-    schemes = list(dict.fromkeys(row.scheme for row in quantized))
+    schemes = sorted({row.scheme for row in quantized}, key=lambda name: (Scheme.parse(name).weight.bits, name))
     coverage = pictures.coverage_map(report.sites, schemes)
     errors, error_legend = pictures.error_map(report.sites)
+    costs, cost_legend = pictures.sensitivity_map(report)
     passes = [("quantization", record) for record in report.passes]
     passes += [(graph.inputs, record) for graph in report.graphs for record in graph.passes]
     return {
@@ -77,6 +76,11 @@ def _html_section(report: Report) -> dict[str, Any]:
         "bars": pictures.byte_bars(report, schemes),
         "errors": errors,
         "error_legend": error_legend,
+        "frontier": pictures.frontier_plot(report.frontier),
+        "points": shown_points(report.frontier),
+        "costs": costs,
+        "cost_legend": cost_legend,
+        "most_sensitive": most_sensitive(report),
         "experts": pictures.expert_map(report.expert_tokens),
         "memory": pictures.memory_line(report.memory),
         "kernels": kernel_rows(report.sites),

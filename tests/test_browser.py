@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_reporting import model_report
+from test_reporting import budget_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -20,15 +20,20 @@ const frame = document.querySelector("iframe");
 frame.onload = () => {{
   const page = frame.contentDocument, window_ = frame.contentWindow, main = page.querySelector(".qcompile");
   const rgb = (element, name) => window_.getComputedStyle(element)[name].match(/\\d+/g).slice(0, 3).map(Number);
-  page.querySelector("details").open = true;
+  page.querySelectorAll("details").forEach(details => {{ details.open = true; }});
+  const sites = [...page.querySelectorAll("details")].at(-1);
+  const plot = page.querySelector(".plot").getBoundingClientRect();
+  const ticks = [...page.querySelectorAll(".tick")].map(tick => tick.getBoundingClientRect());
   const tab = [...page.querySelectorAll("a[href], summary, [tabindex='0']")];
   const focused = tab.map(element => {{ element.focus(); return page.activeElement === element; }});
   document.querySelector("#facts").textContent = JSON.stringify({{
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     text: rgb(main, "color"), back: rgb(main, "backgroundColor"), soft: rgb(page.querySelector(".soft"), "color"),
     focused, requests: window_.performance.getEntriesByType("resource").length,
-    site_rows: page.querySelectorAll("details tbody tr").length,
-    visible: page.querySelector("details table").getBoundingClientRect().height > 100,
+    site_rows: sites.querySelectorAll("tbody tr").length,
+    visible: sites.querySelector("table").getBoundingClientRect().height > 100,
+    plot: [plot.width, plot.height],
+    ticks_inside: ticks.every(tick => tick.left >= 0 && tick.right <= page.documentElement.clientWidth),
     cell: page.querySelector(".cells i").getBoundingClientRect().width,
   }});
 }};
@@ -38,7 +43,7 @@ frame.onload = () => {{
 
 def measured(tmp_path, width: int, dark: bool) -> dict:
     page = tmp_path / "measure.html"
-    page.write_text(MEASURE.format(width=width, page=html.escape(model_report(28).to_html())))
+    page.write_text(MEASURE.format(width=width, page=html.escape(budget_report(28).to_html())))
     options = [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", *options, "--virtual-time-budget=5000"]
     done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
@@ -71,3 +76,5 @@ def test_report(tmp_path, width, dark):
     assert facts["site_rows"] == 85
     assert facts["visible"]
     assert facts["cell"] > 3
+    assert min(facts["plot"]) > 150
+    assert facts["ticks_inside"]

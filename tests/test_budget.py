@@ -51,6 +51,10 @@ class TestModels:
         losses = [point.divergence for point in report.frontier]
         assert sizes == sorted(sizes)
         assert losses == sorted(losses, reverse=True)
+        costs = {own.site: own.divergences for own in report.sensitivity}
+        assert costs["model.layers.0.mlp.down_proj"][0][1] > 2 * costs["model.layers.1.mlp.down_proj"][0][1]
+        assert costs.keys() == schemes.keys()
+        assert report.frontier[0].divergence == pytest.approx(sum(own[0][1] for own in costs.values()))
         assert report.to_dict()["frontier"][0]["bits"] == 3.0  # 2, and a float32 scale for each 32
         assert report.coverage == 1.0
 

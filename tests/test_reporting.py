@@ -8,12 +8,24 @@ import re
 import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from qcompile import pictures, reporting
+from qcompile import pictures, reporting, tables
 from qcompile.modules import set_state
-from qcompile.types import GraphRecord, Moment, PassRecord, Plan, PlannedSite, Report, Scheme, Site, SiteResult, State
+from qcompile.types import (
+    FrontierPoint,
+    GraphRecord,
+    Moment,
+    PassRecord,
+    Plan,
+    PlannedSite,
+    Report,
+    Scheme,
+    Sensitivity,
+    Site,
+    SiteResult,
+    State,
+)
 from qcompile.webpage import html_page
 
 SITES = {"self_attn.q_proj": (64, 32), "self_attn.k_proj": (32, 32), "mlp.down_proj": (32, 96)}
@@ -40,39 +52,22 @@ def model_report(layers: int) -> Report:
     return Report("TestForCausalLM", plan, results, 1.5, (PassRecord("quantize_linear", "lossy", 3, 5, 5),), (graph,))
 
 
+def budget_report(layers: int) -> Report:
+    """As after a budget of 4 bits: the frontier, and what each site costs at 2, 4 and 8 bits."""
+    report = model_report(layers)
+    frontier = tuple(FrontierPoint(1000 * (i + 2), 2 + i / 4, 10 ** (-i / 8), chosen=i == 8) for i in range(25))
+    sensitivity = tuple(
+        Sensitivity(r.planned.site.name, tuple((f"w{b}a16_g128", 2.0 ** -(i % 5) / b**2) for b in (2, 4, 8)))
+        for i, r in enumerate(report.sites[:-1])
+    )
+    return dataclasses.replace(report, frontier=frontier, sensitivity=sensitivity)
+
+
 def test_experts_show_how_many_they_are():
     site = Site("layers.0.experts.down_proj", "experts", 64, 32, torch.bfloat16, kind="experts", experts=8)
     planned = PlannedSite(site, Scheme.parse("w4a8_clip"), "", "rtn", kernel="cpu.native")
     assert " [8, 64, 32] " in reporting.plan_text(Plan("cpu", (planned,)))
-
-
-class TestMergeNames:
-    @pytest.mark.parametrize(
-        ("names", "labels"),
-        [
-            (["a", "b"], ["a", "b"]),
-            (["layers.0.q", "layers.1.q", "layers.2.q"], ["layers.{0..2}.q"]),
-            (["layers.0.q", "layers.1.q", "layers.5.q"], ["layers.{0,1,5}.q"]),
-            (["0", "2"], ["{0,2}"]),
-            (["fc1", "fc2"], ["fc1", "fc2"]),
-            ([f"l.{i}.e.{j}.up" for i in range(3) for j in range(4)], ["l.{0..2}.e.{0..3}.up"]),
-            (["l.0.e.0.up", "l.0.e.1.up", "l.1.e.0.up"], ["l.0.e.{0,1}.up", "l.1.e.0.up"]),
-        ],
-    )
-    def test_labels(self, names, labels):
-        merged = reporting.merge_names(names)
-        assert [label for label, _ in merged] == labels
-        assert sorted(i for _, indices in merged for i in indices) == list(range(len(names)))
-
-    def test_many_runs_are_cut(self):
-        assert reporting.merge_names([f"l.{i}" for i in range(0, 94, 2)])[0][0] == "l.{0,2,4,6,8,…,92}"
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (3_145_728, "3.1 MB"), (2.5e12, "2500.0 GB")]
-)
-def test_size(count, text):
-    assert reporting.size(count) == text
+    assert reporting.plan_dict(Plan("cpu", (planned,)))["sites"][0]["shape"] == [8, 64, 32]
 
 
 class TestText:
@@ -128,6 +123,60 @@ class TestText:
         site = dataclasses.replace(planned("fc").site, obstacle="its weight is computed")
         plan = Plan("cpu", (PlannedSite(site, None, ""),))
         assert "its weight is computed" in reporting.plan_text(plan)
+
+
+class TestBudget:
+    def test_text(self):
+        text = reporting.report_text(budget_report(4))
+        start = text.index("\nbudget\n")
+        lines = text[start : text.index("\npasses", start)].splitlines()
+        assert "4.00 bits  10.0 kB         0.1  ← chosen" in [line.strip() for line in lines]
+        assert len(lines) == 3 + 10 + 1 + 6  # title, points, sites; an empty line before the first and the last
+        assert lines[-4].split() == ["model.layers.1.mlp.down_proj", "w2a16_g128", "0.25"]
+        assert not [line for line in lines if line != line.rstrip()]
+        assert "budget" not in reporting.report_text(model_report(4))
+
+    def test_points_that_are_shown(self):
+        frontier = budget_report(1).frontier
+        shown = reporting.shown_points(frontier)
+        assert (shown[0], shown[-1]) == (frontier[0], frontier[-1])
+        assert [point.bits for point in shown if point.chosen] == [4.0]
+        assert len(shown) <= 9
+        assert reporting.shown_points(frontier[:2]) == list(frontier[:2])
+        assert reporting.shown_points(()) == []
+
+    def test_dict(self):
+        facts = json.loads(json.dumps(budget_report(2).to_dict(), allow_nan=False))
+        assert facts["sensitivity"]["model.layers.0.self_attn.q_proj"] == {
+            "w2a16_g128": 0.25, "w4a16_g128": 0.0625, "w8a16_g128": 1 / 64,
+        }  # fmt: skip
+        assert facts["frontier"][8] == {"nbytes": 10000, "bits": 4.0, "divergence": 0.1, "chosen": True}
+
+    def test_sensitivity_is_shaded_by_its_logarithm(self):
+        strips, legend = pictures.sensitivity_map(budget_report(2))
+        assert [cell["kind"] for strip in strips for cell in strip["cells"]] == [
+            "heat-0", "heat-3", "heat-1", "heat-4", "heat-2", "heat-0",
+        ]  # fmt: skip
+        assert strips[0]["summary"].startswith("layers 0: 0.25 at w2a16_g128, became w4a16_g128; layers 1:")
+        assert legend[0]["text"] == "0.25 to 0.14"
+
+    def test_frontier_is_drawn_by_its_logarithm(self):
+        drawn = pictures.frontier_plot(budget_report(1).frontier)
+        assert drawn["line"].split()[0] == "0.0,0.0"
+        assert (drawn["chosen"]["x"], drawn["chosen"]["y"]) == (33.33, 33.33)
+        assert [tick["text"] for tick in drawn["y_ticks"]] == ["0.001", "0.01", "0.1", "1"]
+        assert [tick["text"] for tick in drawn["x_ticks"]] == [f"{bits} bits" for bits in range(2, 9)]
+        assert pictures.frontier_plot(()) is None
+        exact = tuple(dataclasses.replace(point, divergence=0.0) for point in budget_report(1).frontier)
+        assert pictures.frontier_plot(exact) is None
+
+    def test_html(self):
+        text = budget_report(28).to_html()
+        assert (
+            "From 2.00 bits per weight, 2.0 kB: divergence 1, to 8.00 bits per weight, 26.0 kB: divergence 0.001; "
+            "chosen: 4.00 bits per weight, 10.0 kB: divergence 0.1"
+        ) in picture_labels(text)
+        assert "What each size would have cost" not in model_report(2).to_html()
 
 
 class TestDict:
@@ -212,7 +261,7 @@ class TestHtml:
         report = dataclasses.replace(model_report(1), expert_tokens=(("layers.0.experts.up", (0, 4, 400)),))
         (strip,) = pictures.expert_map(report.expert_tokens)
         assert [cell["kind"] for cell in strip["cells"]] == ["tokens-0", "tokens-1", "tokens-4"]
-        assert "layers.0.experts.up: 0 to 400 tokens, 1 experts saw none" in picture_labels(report.to_html())
+        assert "layers.0.experts.up: 0 to 400 tokens, 1 saw none" in picture_labels(report.to_html())
 
     def test_memory(self):
         moments = (Moment(0.0, 100, "start"), Moment(1.0, 400, "layers.0"), Moment(4.0, 200, "rewritten"))
@@ -227,7 +276,7 @@ class TestHtml:
     def test_kernels_chosen_and_refused(self):
         sites = [planned("a"), dataclasses.replace(planned("b"), kernel="reference", refusals="int4pack: too <small>")]
         report = Report("M", Plan("cpu", tuple(sites)), tuple(SiteResult(p, p.bytes_after) for p in sites))
-        assert [(row.kernel, row.count, row.refusals) for row in reporting.kernel_rows(report.sites)] == [
+        assert [(row.kernel, row.count, row.refusals) for row in tables.kernel_rows(report.sites)] == [
             ("int4pack", 1, ""), ("reference", 1, "int4pack: too <small>")
         ]  # fmt: skip
         assert "int4pack: too &lt;small&gt;" in report.to_html()
