@@ -32,8 +32,10 @@ CACHE_VARIABLE = "QCOMPILE_CACHE_DIR"
 
 _AVX2 = ("mavx2", "mfma", "mf16c")
 _AVX512 = (*_AVX2, "mavx512f", "mavx512dq", "mavx512vl", "mavx512bw", "DQCOMPILE_AVX512")
+_VNNI = (*_AVX512, "mavx512vnni", "DQCOMPILE_VNNI")
 LEVELS: dict[str, tuple[str, ...]] = {
-    "avx512_vnni": (*_AVX512, "mavx512vnni", "DQCOMPILE_VNNI"),
+    "amx": (*_VNNI, "DQCOMPILE_AMX"),  # the tiles themselves are oneDNN's affair
+    "avx512_vnni": _VNNI,
     "avx512": _AVX512,
     "avx2": _AVX2,
 }
@@ -80,8 +82,10 @@ def instruction_set() -> str:
     if sys.platform == "win32":
         return "its C++ needs GCC or Clang, and this is Windows"
     has_avx512 = torch.cpu._is_avx512_supported()
+    vnni = has_avx512 and torch.cpu._is_vnni_supported()
     present = {
-        "avx512_vnni": has_avx512 and torch.cpu._is_vnni_supported(),
+        "amx": vnni and torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available(),
+        "avx512_vnni": vnni,
         "avx512": has_avx512,
         "avx2": torch.cpu._is_avx2_supported(),
     }

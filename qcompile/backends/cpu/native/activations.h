@@ -1,10 +1,12 @@
 // Activations as integers: [block][row][feature of the block], with a scale for each block and row.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <limits>
 
-#include "product.h"
+#include "weight.h"
 
 namespace qcompile {
 
@@ -80,6 +82,79 @@ inline void place_block(const int8_t* x, int32_t zero, int64_t count, int64_t le
 inline void place_block(const int8_t* x, int32_t zero, int64_t count, int64_t length, uint8_t* codes) {
   for (int64_t k = 0; k < count; ++k) codes[k] = static_cast<uint8_t>(x[k] + 128);
   std::fill(codes + count, codes + length, static_cast<uint8_t>(zero + 128));
+}
+
+// Integer activations, [block][row][feature], as `Mode` reads them. Each row of the input is `planes` rows here.
+template <class Mode>
+struct Activations {
+  using Code = typename Mode::Code;
+  int64_t rows, features, block, planes;
+  Tensor memory[3];
+  Code* codes;
+  float* scales;     // [block][row]
+  int32_t* offsets;  // [row]; not for Wide
+
+  Activations(int64_t rows, int64_t features, int64_t block, int64_t planes)
+      : rows(rows), features(features), block(std::min(block, features)), planes(planes) {
+    memory[0] = at::empty({rows * features * static_cast<int64_t>(sizeof(Code))}, at::kChar);
+    memory[1] = at::empty({blocks() * rows}, at::kFloat);
+    memory[2] = at::empty({is_wide<Mode> ? 0 : rows}, at::kInt);
+    codes = static_cast<Code*>(memory[0].data_ptr());
+    scales = memory[1].data_ptr<float>();
+    offsets = memory[2].data_ptr<int32_t>();
+  }
+
+  int64_t blocks() const { return ceil_div(features, block); }
+  int64_t length(int64_t index) const { return std::min(block, features - index * block); }
+  Code* row_codes(int64_t index, int64_t row) const { return codes + index * block * rows + row * length(index); }
+  float* row_scales(int64_t index, int64_t row) const { return scales + index * rows + row; }
+};
+
+// Call f(row, index of a block, its first feature) for all of them, rows in parallel.
+template <class Mode, class Function>
+void for_each_block(const Activations<Mode>& x, Function f) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / x.features);
+  at::parallel_for(0, x.rows / x.planes, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t index = 0; index < x.blocks(); ++index) f(row, index, index * x.block);
+  });
+}
+
+// Float activations x [rows, in]. Blocks are groups, or parts of them that a 32-bit sum can take.
+inline Activations<Wide> quantized(const Tensor& x, const Weight& weight) {
+  const Type type = type_of(x.scalar_type());
+  int64_t block = weight.group;
+  if (block > kFloatBlock) block = block % 128 ? kStep : 128;
+  const Activations<Wide> result(
+      x.size(0) * (type == Type::float32 ? 2 : 1), weight.features, block, type == Type::float32 ? 2 : 1);
+  const int64_t given = x.size(1);
+  const auto* from = static_cast<const char*>(x.data_ptr());
+  for_each_block(result, [&](int64_t row, int64_t index, int64_t feature) {
+    const int64_t length = result.length(index), first = row * result.planes;
+    quantize_block(from + (row * given + feature) * size_of(type), type, std::clamp<int64_t>(given - feature, 0, length),
+                   length, result.planes, result.row_codes(index, first), result.row_scales(index, first));
+  });
+  return result;
+}
+
+// A value for each row from a tensor [rows] or [1]
+template <class T>
+T of_row(const Tensor& values, int64_t row) { return values.data_ptr<T>()[values.numel() == 1 ? 0 : row]; }
+
+// Activations x int8 [rows, in] with scales float [rows] or [1] and zero points int32 [rows] or [1]. Blocks are groups.
+template <class Mode>
+Activations<Mode> placed(const Tensor& x, const Tensor& scales, const optional<Tensor>& zeros, const Weight& weight) {
+  const Activations<Mode> result(x.size(0), weight.features, weight.group, 1);
+  const int64_t given = x.size(1);
+  const auto* from = x.data_ptr<int8_t>();
+  for_each_block(result, [&](int64_t row, int64_t index, int64_t feature) {
+    const int32_t zero = zeros ? of_row<int32_t>(*zeros, row) : 0;
+    const int64_t length = result.length(index), count = std::clamp<int64_t>(given - feature, 0, length);
+    place_block(from + row * given + feature, zero, count, length, result.row_codes(index, row));
+    *result.row_scales(index, row) = of_row<float>(scales, row);
+    if constexpr (!is_wide<Mode>) result.offsets[row] = zero + 128;
+  });
+  return result;
 }
 
 }  // namespace qcompile

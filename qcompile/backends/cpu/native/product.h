@@ -33,12 +33,17 @@ struct Wide {
   }
 };
 
-#if defined(QCOMPILE_VNNI)
-// Activations as 8-bit integers plus 128. A part of a step is four features in order.
-struct Narrow {
-  using Code = uint8_t;
+// Activations as 8-bit integers. A part of a step is four features in order.
+struct Bytes {
+  using Code = int8_t;
   using Weights = Int8s;
   static constexpr int kParts = 2;
+};
+
+#if defined(QCOMPILE_VNNI)
+// The same plus 128
+struct Narrow : Bytes {
+  using Code = uint8_t;
 
   static Int32s dot(Int32s sum, Weights w, const Code* four) {
     return dot_8(sum, w, (UInt8s)(Int32s{} + load<int32_t>(four)));

@@ -100,6 +100,11 @@ inline HalfWidth to_bfloat16(Floats v) {  // to nearest, half to even; NaN stays
   return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, HalfWidth);
 }
 
+// Two bfloat16 in each lane, `low` in its lower half: to nearest, half away from zero
+inline UInt32s pair_of_bfloat16(Floats low, Floats high) {
+  return ((UInt32s)low + 0x8000) >> 16 | (((UInt32s)high + 0x8000) & 0xffff0000);
+}
+
 // -------------------------------------------------------------------------------------------- arrays of any float type
 
 enum class Type { bfloat16, float16, float32 };

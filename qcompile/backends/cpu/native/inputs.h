@@ -1,0 +1,81 @@
+// Activations of a product, in the forms that its items need: few rows go through rows.h, many through tiled.h.
+#pragma once
+
+#include "tiled.h"
+
+namespace qcompile {
+
+inline Tensor matrix(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
+
+// x [rows, in] with zeros, or with the zero point of each row, up to `features` columns: without any, x itself.
+inline Tensor widened(const Tensor& x, int64_t features, const optional<Tensor>& zeros = std::nullopt) {
+  const int64_t missing = features - x.size(1);
+  if (missing == 0) return x;
+  if (!zeros) return at::constant_pad_nd(x, {0, missing});
+  return at::cat({x, zeros->reshape({-1, 1}).to(x.scalar_type()).expand({x.size(0), missing})}, 1);
+}
+
+template <class Function>
+bool any(const std::vector<Item>& items, Function f) { return std::any_of(items.begin(), items.end(), f); }
+
+// Floats [rows, in]
+struct FloatInputs {
+  static constexpr int64_t kBytes = 2;
+  Tensor x, wide_x;
+  int64_t planes;
+  optional<Activations<Wide>> integers;
+
+  explicit FloatInputs(const Tensor& x) : x(matrix(x)), planes(type_of(x.scalar_type()) == Type::float32 ? 2 : 1) {}
+
+  bool tiled(const Item& item) const { return item.rows() >= kTiledFloats && x.scalar_type() == at::kBFloat16; }
+
+  void prepare(const Weight& weight, const std::vector<Item>& items) {
+    if (!integers && any(items, [&](const Item& item) { return !tiled(item); })) integers = quantized(x, weight);
+    if (!wide_x.defined() && any(items, [&](const Item& item) { return tiled(item); }))
+      wide_x = widened(x, weight.features);
+  }
+
+  void multiply(const Job& job, const Item& item, int64_t panel, Scratch& scratch) const {
+    if (tiled(item)) multiply_tiled(job.weight, wide_x.data_ptr<at::BFloat16>(), item, panel, job.out, scratch);
+    else multiply_rows(job.weight, *integers, item, panel, job.out, scratch);
+  }
+};
+
+// Integers int8 [rows, in] with scales float [rows] or [1] and zero points int32 [rows] or [1]
+struct CodeInputs {
+#if defined(QCOMPILE_VNNI)
+  using Mode = Narrow;
+#else
+  using Mode = Wide;
+#endif
+  static constexpr int64_t planes = 1, kBytes = 1;
+  Codes x;
+  optional<Activations<Mode>> integers;
+  Tensor wide_x;
+
+  CodeInputs(const Tensor& codes, const Tensor& scales, const optional<Tensor>& zeros)
+      : x{matrix(codes), scales.contiguous(), zeros ? optional<Tensor>(zeros->contiguous()) : std::nullopt} {
+    const int64_t rows = x.codes.size(0);
+    TORCH_CHECK((x.scales.numel() == 1 || x.scales.numel() == rows) &&
+                    (!zeros || zeros->numel() == 1 || zeros->numel() == rows),
+                "qcompile_cpu: scales and zero points of x must be [rows] or [1], not ", scales.sizes());
+  }
+
+  static bool tiled(const Weight& weight, const Item& item) {
+    return item.rows() >= (weight.four_bits ? kTiledCodes4 : kTiledCodes8);
+  }
+
+  void prepare(const Weight& weight, const std::vector<Item>& items) {
+    if (!integers && any(items, [&](const Item& item) { return !tiled(weight, item); }))
+      integers = placed<Mode>(x.codes, x.scales, x.zeros, weight);
+    if (!wide_x.defined() && any(items, [&](const Item& item) { return tiled(weight, item); }))
+      wide_x = widened(x.codes, weight.features, x.zeros);
+  }
+
+  void multiply(const Job& job, const Item& item, int64_t panel, Scratch& scratch) const {
+    if (tiled(job.weight, item)) multiply_tiled(job.weight, {wide_x, x.scales, x.zeros}, item, panel, job.out, scratch);
+    else multiply_rows(job.weight, *integers, item, panel, job.out, scratch);
+  }
+};
+
+}  // namespace qcompile

@@ -1,0 +1,130 @@
+// What the threads of a product do: panels of weights times rows of activations, and the way to the output.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "weight.h"
+
+namespace qcompile {
+
+constexpr int64_t kItemBytes = 1 << 20;    // of activations that meet one panel after the other, from a cache of 2 MB
+constexpr int64_t kLeastRows = 64;         // of an item, if there are so many: unpacking a panel has to pay
+
+// Rows of activations that meet the same expert; each row of the input is `planes` of them.
+struct Item {
+  int64_t expert, begin, end;
+  int64_t rows() const { return end - begin; }
+};
+
+// ends: where the rows of each expert end, or none for one that has all. Items are small enough to busy all threads
+// with the `panels` that each of them meets, and for a cache to hold their rows of `bytes` a feature.
+inline std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& weight, int64_t panels, int64_t rows,
+                                  int64_t planes, int64_t bytes) {
+  const int64_t wanted = ceil_div(4 * at::get_num_threads(), panels);
+  const int64_t fit = std::max(kItemBytes / (weight.features * bytes) / 32 * 32, kLeastRows);
+  const int64_t most = std::min(std::max<int64_t>(ceil_div(rows * planes, wanted), 48), fit);
+  std::vector<Item> items;
+  int64_t begin = 0;
+  for (int64_t expert = 0; expert < weight.experts; ++expert) {
+    const int64_t end = ends ? ends->data_ptr<int32_t>()[expert] : rows;
+    TORCH_CHECK(begin <= end && end <= rows, "qcompile_cpu: ends must rise from 0 to ", rows, " rows, not to ", end);
+    const int64_t pieces = ceil_div((end - begin) * planes, most);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t from = begin + (end - begin) * piece / pieces, to = begin + (end - begin) * (piece + 1) / pieces;
+      items.push_back({expert, from * planes, to * planes});
+    }
+    begin = end;
+  }
+  TORCH_CHECK(begin == rows, "qcompile_cpu: the last of ends is ", begin, ", but there are ", rows, " rows");
+  return items;
+}
+
+// Where the products go: [rows, features] of `type`, with a bias float [features] added.
+struct Output {
+  char* data;
+  Type type;
+  int64_t features;
+  const float* bias;  // or null
+};
+
+// One panel to the rows of the output from `row` on; value(i, v) is vector v of the i-th of them.
+template <class Value>
+inline void finish(int64_t row, int64_t rows, int64_t panel, const Output& out, Value value) {
+  const int64_t channel = panel * kPanel, channels = std::min<int64_t>(kPanel, out.features - channel);
+  const int64_t size = size_of(out.type);
+  alignas(64) float bias[kPanel] = {};
+  if (out.bias) std::memcpy(bias, out.bias + channel, channels * sizeof(float));
+  alignas(64) char line[kPanel * sizeof(float)];
+  for (int64_t i = 0; i < rows; ++i) {
+    char* to = out.data + ((row + i) * out.features + channel) * size;
+    char* whole = channels == kPanel ? to : line;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      store_floats(whole + v * kLanes * size, out.type, value(i, v) + load<Floats>(bias + v * kLanes));
+    if (channels < kPanel) std::memcpy(to, line, channels * size);
+  }
+}
+
+// A weight, what is multiplied with it, and where the products go.
+struct Job {
+  const Weight& weight;
+  std::vector<Item> items;
+  Output out;
+  int64_t tasks() const { return static_cast<int64_t>(items.size()) * weight.panels; }
+};
+
+// Memory that begins at a cache line, as at::empty gives it.
+template <class T>
+class Buffer {
+ public:
+  // Room for `size` elements, whose contents are not kept
+  T* room(int64_t size) {
+    if (size > size_) memory_ = at::empty({(size_ = size) * static_cast<int64_t>(sizeof(T))}, at::kByte);
+    return static_cast<T*>(memory_.data_ptr());
+  }
+
+ private:
+  int64_t size_ = -1;
+  Tensor memory_;
+};
+
+// What a thread needs for a panel: sums of its rows, and room for unpacked weights.
+struct Scratch {
+  Buffer<float> sums;
+  Buffer<int32_t> integers;
+  Buffer<uint8_t> space;
+  bool tiles = false;  // whether the thread has taken the tiles of the CPU
+
+  ~Scratch() {
+    if (tiles) at::native::cpublas::brgemm_release();
+  }
+};
+
+// Call multiply(job, item, panel, scratch) for every panel of every item, with a Scratch for each thread. Threads take
+// some panels after others, which lie together in memory. Each output has one thread, which sums in a fixed order.
+template <class Multiply>
+void run(const std::vector<Job>& jobs, Multiply multiply) {
+  std::vector<int64_t> ends;  // of the tasks of each job
+  for (const Job& job : jobs) ends.push_back(job.tasks() + (ends.empty() ? 0 : ends.back()));
+  const int64_t tasks = ends.back(), threads = at::get_num_threads();
+  const int64_t share = std::max<int64_t>(1, tasks / (16 * threads));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    Scratch scratch;
+    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) {
+      for (int64_t task = begin; task < std::min(begin + share, tasks); ++task) {
+        const auto index = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+        const Job& job = jobs[index];
+        const int64_t own = task - (ends[index] - job.tasks());
+        multiply(job, job.items[own / job.weight.panels], own % job.weight.panels, scratch);
+      }
+    }
+  });
+}
+
+}  // namespace qcompile
