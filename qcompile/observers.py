@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class Statistics:
     hessian     float32 [features, features], the sum of x.T @ x, or None if nobody asked
     drift       float32 [features, features], the sum of (f - x).T @ x where f are the inputs of the float model; None
                 if nobody asked, or they are not known
+    memo        what methods derived from it, for the next weight that reads the same
 
     activation: what the site rounds its inputs to, by rules that need no stored parameters. Then x is what was rounded,
     everywhere but in the ranges and the mean: a weight can make up for some of that error, too.
@@ -92,6 +94,7 @@ class Statistics:
         self.high = torch.full((features,), -torch.inf, device=device)
         self.hessian = torch.zeros((features, features), device=device) if needs.hessian else None
         self.drift: Tensor | None = None
+        self.memo: dict[Any, Any] = {}
         self._total = torch.zeros(features, dtype=torch.float64, device=device)
         self._kept: list[Tensor] = []
         self._stride = 1

@@ -12,29 +12,40 @@ from ..observers import static_parameters
 from . import Reader
 from ._ranges import rounded
 
+_ROWS = 512  # of a weight, evenly spaced, stand for all when scales are compared
+
 
 def best_scale(
-    readers: Sequence[Reader], candidates: Sequence[Tensor], shared: Callable[[Tensor], Tensor]
+    readers: Sequence[Reader], kinds: Sequence[Callable[[float], Tensor]], shared: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
-    """The candidate [in] with the least squared error of the readers' products, weighted by their tokens.
+    """The scale [in] with the least squared error of the readers' products, weighted by their tokens.
 
-    Weights are rounded to nearest for the comparison, activations as the readers' schemes say. None if no candidate is
-    better than no scale. Each candidate is divided by the root of its extremes first, so that its middle is 1.
+    kinds: functions of a share from 0 to 1 whose values are tried, coarsely and then near the best of them. Weights are
+    rounded to nearest for the comparison, activations as the readers' schemes say. None if no scale is better than
+    none. Each scale is divided by the root of its extremes first, so that its middle is 1.
     """
-    scales = [shared((s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)) for s in candidates]
-    losses = torch.zeros(len(scales) + 1, dtype=torch.float64)
-    for reader in readers:
-        loss = _loss(reader)
-        losses += torch.tensor([loss(scale) for scale in [torch.ones_like(scales[0]), *scales]], dtype=torch.float64)
-    best = int(torch.nan_to_num(losses, nan=torch.inf).argmin())
-    return scales[best - 1] if best else None
+    losses = [_loss(reader) for reader in readers]
+    none = torch.ones_like(readers[0].weight[0])
+    best, least = None, sum(loss(none) for loss in losses)
+    chosen, places = (0, 0.5), [(kind, 0.2 * step) for kind in range(len(kinds)) for step in range(6)]
+    for width in (0.1, 0.05, 0.0):
+        for kind, share in places:
+            scale = kinds[kind](share)
+            scale = shared((scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4))
+            error = sum(loss(scale) for loss in losses)
+            if error < least:  # NaN never is
+                best, least, chosen = scale, error, (kind, share)
+        kind, share = chosen
+        places = [(kind, near) for near in (share - width, share + width) if 0 <= near <= 1]
+    return best
 
 
 def _loss(reader: Reader) -> Callable[[Tensor], float]:
     """The error of one reader as a function of the scale: of all tokens that it saw, by those that were kept."""
-    weight, x = reader.weight, reader.statistics.rows.float()
+    step = -(-len(reader.weight) // _ROWS)
+    weight, x = reader.weight[::step], reader.statistics.rows.float()
     weight_type, activation = reader.scheme.weight, reader.scheme.activation
-    tokens = reader.statistics.count / len(x)
+    tokens = reader.statistics.count / len(x) * (len(reader.weight) / len(weight))
     if activation is None:
         hessian = x.T @ x if len(x) > x.shape[1] else None
 

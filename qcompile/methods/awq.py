@@ -24,7 +24,6 @@ from ._smoothing import best_scale, pooled_mean
 from .gptq import METHOD as GPTQ
 
 ROWS = 1024  # inputs of a site, or of an expert, on which scales and ranges are searched
-_STEPS = 20
 
 
 class AWQ:
@@ -57,9 +56,8 @@ class AWQ:
         """The scale [in] with the least error; None where none helps."""
         inputs = pooled_mean(readers).clamp(min=1e-8)
         weights = _relative_mean(readers)
-        candidates = [inputs.pow(step / _STEPS) for step in range(1, _STEPS)]
-        candidates += [inputs.pow(r / _STEPS) / weights.pow(1 - r / _STEPS) for r in range(_STEPS)]
-        return best_scale(readers, candidates, shared)
+        kinds = [inputs.pow, lambda share: inputs.pow(share) / weights.pow(1 - share)]
+        return best_scale(readers, kinds, shared)
 
     def quantize(
         self,

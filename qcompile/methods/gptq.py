@@ -1,7 +1,8 @@
 """GPTQ: round column by column, and let the columns that follow make up for the error (arXiv 2210.17323).
 
-What counts is the error |X (W - W').T|² for inputs X. Let H = X.T @ X, and U the upper Cholesky factor of its inverse.
-After column i is rounded to q, all later columns j become ``W[:, j] -= (W[:, i] - q) / U[i, i] * U[i, j]``.
+What counts is the error |X (W - W').T|² for inputs X. Let X.T @ X = R @ R.T with an upper triangular R. Before column
+j is rounded, ``W[:, j] += (W[:, i] - W'[:, i]) * R[i, j] / R[j, j]`` for all columns i before it. These are the codes
+of GPTQ, without the inverse of the Hessian (QuIP, arXiv 2307.13304, theorem 6).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from ..errors import CalibrationError, ConfigError
 from ..numerics import pack_codes, quantize_weight
 from ..observers import Needs, Statistics
 from ..types import PackedWeight, Scheme, WeightType
-from ._aim import aimed, one_thread
+from ._aim import aimed, factorized
 from ._ranges import search_ranges
 
-COLUMNS = 128  # rounded before the rest of the weight is updated by one product
+COLUMNS = 64  # for which the errors of all columns before them are made up by one product
 
 
 class GPTQ:
@@ -27,7 +28,7 @@ class GPTQ:
               in that order (inputs are permuted when the model runs); "none"
     damping   0.01: share of the mean of H's diagonal that is added to it; more for little calibration data
     observer  "weighted" searches the scale of each group with the least error, each column's by how much of it the
-              columns that follow cannot make up for (1 / U[i, i]²); "mse" counts all alike, "minmax" takes the range
+              columns that follow cannot make up for (R[i, i]²); "mse" counts all alike, "minmax" takes the range
     target    "float" aims at what the float model computes, and so makes up for the errors of earlier layers; "own" at
               what this weight would compute from the inputs that it gets
 
@@ -71,19 +72,21 @@ class GPTQ:
         assert statistics.hessian is not None
         dtype = dtype or weight.dtype
         damping = float(str(options.get("damping", 0.01)))
-        weight = aimed(weight, statistics, damping)
         actorder = str(options.get("actorder", "static"))
         size = min(scheme.weight.group_size or weight.shape[1], weight.shape[1])
         order = _order(statistics.hessian.diagonal(), actorder, size)
-        factor = _inverse_factor(statistics.hessian[order][:, order], damping)
+        factor = factorized(statistics, damping, order)
+        if factor is None:
+            raise CalibrationError(
+                "the Hessian of its inputs cannot be inverted, even when it is damped: calibrate on more data, or "
+                "quantize it by method 'rtn'"
+            )
+        weight, left = aimed(weight, statistics, damping, order), factor.diagonal().square()
         grid = _Grid(weight, dtype, scheme.weight, size, str(options.get("observer", "weighted")))
-        left = factor.diagonal().square().reciprocal()
         if actorder == "static" or size == weight.shape[1]:
-            inverse = torch.argsort(order)
-            for group, columns in enumerate(weight.split(size, dim=1)):
-                grid.fit(group, columns.T, left[inverse[group * size : group * size + size]])
+            grid.fit(slice(None), weight, left[torch.argsort(order)])
         place = torch.arange(len(order), device=order.device) if actorder == "group" else order  # in storage
-        rounded = _round_columns(weight.T.float()[order], factor, grid, (place // size).tolist())
+        rounded = _round_columns(weight.T[order], factor, grid, (place // size).tolist())
         codes = torch.empty_like(rounded).index_copy_(0, place, rounded).T.contiguous()
         return PackedWeight(
             scheme,
@@ -106,25 +109,25 @@ class _Grid:
     """What each group of a weight [out, in] is rounded to: scales and zeros float32 [groups, out], once ``fit``."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, weight_type: WeightType, size: int, observer: str) -> None:
-        self.one_group = Scheme(WeightType(weight_type.bits, weight_type.symmetric))
+        self.scheme = Scheme(WeightType(weight_type.bits, weight_type.symmetric, size))
         self.dtype, self.observer, self.top = dtype, observer, 2**weight_type.bits - 1
         groups = -(-weight.shape[1] // size)
         self.scales = weight.new_zeros((groups, weight.shape[0]), dtype=torch.float32)
         self.zeros = torch.full_like(self.scales, 2 ** (weight_type.bits - 1))
 
-    def fit(self, group: int, columns: Tensor, importance: Tensor) -> None:
-        """Choose scale and zero point of a group for its ``columns`` [group, out]; they are representable.
+    def fit(self, groups: slice, weight: Tensor, importance: Tensor) -> None:
+        """Choose scales and zero points of ``groups`` for their ``weight`` [out, in]; they are representable.
 
-        importance: [group], of the squared error of each column.
+        importance: [in], of the squared error of each column.
         """
         if self.observer == "weighted":
-            scales, zeros = search_ranges(columns.T, self.one_group.weight, self.dtype, importance)
-            self.scales[group], self.zeros[group] = scales[:, 0], zeros[:, 0]
+            scales, zeros = search_ranges(weight, self.scheme.weight, self.dtype, importance)
+            self.scales[groups], self.zeros[groups] = scales.T, zeros.T
             return
-        packed = quantize_weight(columns.T, self.one_group, scale_dtype=self.dtype, observer=self.observer)
-        self.scales[group] = packed.scales[:, 0].float()
+        packed = quantize_weight(weight, self.scheme, scale_dtype=self.dtype, observer=self.observer)
+        self.scales[groups] = packed.scales.T.float()
         if packed.zeros is not None:
-            self.zeros[group] = packed.zeros[:, 0].float()
+            self.zeros[groups] = packed.zeros.T.float()
 
     def is_fitted(self, group: int) -> bool:
         """Whether ``fit`` was called for a group; no scale that is stored is zero."""
@@ -149,52 +152,29 @@ def _order(diagonal: Tensor, actorder: str, size: int) -> Tensor:
     return torch.cat([inside[i] for i in torch.argsort(largest, descending=True, stable=True).tolist()])
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of a damped Hessian [in, in]; inputs that are always zero stand alone.
-
-    The damping grows where rounding made the Hessian indefinite. In one thread, which fixes the order of its sums.
-    """
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1  # the indexed copy is ours
-    mean = diagonal.mean()
-    with one_thread():
-        for share in (damping, *(step for step in (0.01, 0.1, 1.0) if step > damping)):
-            damped = hessian.clone()
-            damped.diagonal().add_(mean * share)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and bool(torch.isfinite(factor.diagonal()).all()):
-                return factor
-    raise CalibrationError(
-        "the Hessian of its inputs cannot be inverted, even when it is damped: calibrate on more data, or quantize it "
-        "by method 'rtn'"
-    )
-
-
 def _round_columns(columns: Tensor, factor: Tensor, grid: _Grid, groups: list[int]) -> Tensor:
     """Codes uint8 [in, out] of float32 ``columns`` [in, out], in their order; ``groups`` are those of the columns.
 
-    Columns are changed. A group that is not fitted yet is when its first column is reached: its columns are adjacent.
+    Columns become their errors. A group that is not fitted yet is when its first column is reached: its columns are
+    adjacent.
     """
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    left = factor.diagonal().square().reciprocal()
+    left, factor = factor.diagonal().square(), factor / factor.diagonal()
     start = 0
     while start < len(groups):
         stop = min(start + COLUMNS, len(groups))
         while stop < len(groups) and groups[stop] == groups[stop - 1] and not grid.is_fitted(groups[stop]):
             stop += 1  # a group that will be fitted must be up to date
-        block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
+        block = torch.addmm(columns[start:stop], factor[:start, start:stop].T, columns[:start])
         for i, group in enumerate(groups[start:stop]):
             if not grid.is_fitted(group):
-                members = slice(i, i + groups[start:stop].count(group))
-                grid.fit(group, block[members], left[start:stop][members])
-            rounded, value = grid.round(group, block[i])
-            own = factor[start + i, start + i : stop]
-            errors[i] = (block[i] - value) / own[0]
-            block[i + 1 :].addr_(own[1:], errors[i], alpha=-1)
-            codes[start + i] = rounded
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+                own = slice(start + i, start + i + groups[start:stop].count(group))
+                moved = block[i : i + own.stop - own.start] - columns[own]  # each as if it were the next one
+                moved = torch.linalg.solve_triangular(factor[own, own].T, moved, upper=False, unitriangular=True)
+                grid.fit(slice(group, group + 1), (columns[own] + moved).T, left[own])
+            codes[start + i], value = grid.round(group, block[i])
+            error = columns[start + i].sub_(value)
+            block[i + 1 :].addr_(factor[start + i, start + i + 1 : stop], error)
         start = stop
     return codes
 

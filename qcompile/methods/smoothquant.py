@@ -20,8 +20,6 @@ from ._smoothing import best_scale
 from .awq import ROWS, round_in_ranges
 from .gptq import METHOD as GPTQ
 
-_STEPS = 20
-
 
 class SmoothQuant:
     """Options, the default first:
@@ -53,8 +51,7 @@ class SmoothQuant:
         inputs = torch.stack([torch.maximum(r.statistics.high, -r.statistics.low) for r in readers]).amax(0)
         weights = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0)
         inputs, weights = inputs.clamp(min=1e-5), weights.clamp(min=1e-5)
-        shares = [step / _STEPS for step in range(_STEPS + 1)]
-        return best_scale(readers, [inputs.pow(share) / weights.pow(1 - share) for share in shares], shared)
+        return best_scale(readers, [lambda share: inputs.pow(share) / weights.pow(1 - share)], shared)
 
     def quantize(
         self,
