@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import logits, tiny_model
+from moe_models import tiny_moe
 from torch import nn
 
 import qcompile
@@ -168,6 +169,16 @@ class TestFloatModel:
         torch._dynamo.reset()
         allowed = torch.compile(model, backend="qcompile", options={"allow_float": True})
         assert close(logits(allowed), logits(model))
+
+    def test_float_experts_are_traced_without_warnings_about_caches(self):
+        """transformers compares versions of torch in what is traced, through an lru_cache of which Dynamo warns."""
+        model = tiny_moe("qwen3_moe").bfloat16().eval()  # what float32 takes compares no versions
+        torch.compile(model, backend="qcompile")
+        torch._dynamo.utils.warn_once_cache.clear()
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            torch.compile(model, backend="eager", fullgraph=True)(ids(1, 4))  # all that is traced, not compiled
+        assert not [str(warning.message) for warning in caught if "lru_cache" in str(warning.message)]
 
     def test_a_rule_that_matches_nothing_is_an_error(self):
         model = tiny_model(dtype=torch.float32).requires_grad_(False)
