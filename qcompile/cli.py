@@ -267,13 +267,11 @@ def evaluate(
     ids = ids[:max_tokens]
     model = qcompile.load(path, device=device)
     facts: dict[str, Any] = {"tokens": len(ids) // sequence * sequence, "sequence": sequence}
-    with stderr().status("measuring perplexity"):
-        facts["perplexity"] = evaluation.perplexity(model, ids, sequence)
+    facts["perplexity"] = evaluation.perplexity(model, ids, sequence)
     if reference:
         float_model = qcompile.load(reference, device=device)
-        with stderr().status("comparing with the reference"):
-            facts["reference_perplexity"] = evaluation.perplexity(float_model, ids, sequence)
-            facts["divergence"] = evaluation.divergence(model, float_model, ids, sequence)
+        facts["reference_perplexity"] = evaluation.perplexity(float_model, ids, sequence)
+        facts["divergence"] = evaluation.divergence(model, float_model, ids, sequence)
     if as_json:
         print(json.dumps(facts, indent=2))
         return

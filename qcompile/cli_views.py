@@ -80,16 +80,14 @@ def bench(
     model = qcompile.load(path, device=device)
     prompt = torch.arange(2, 2 + prompt_tokens, device=device)[None] % model.config.vocab_size  # type: ignore
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "bytes": models.nbytes(model)}
-    with stderr().status("generating eagerly"):
-        facts["eager_tokens_per_second"] = evaluation.tokens_per_second(model, prompt, new_tokens)
+    facts["eager_tokens_per_second"] = evaluation.tokens_per_second(model, prompt, new_tokens)
     if compile:
         with stderr().status("compiling"):
             started = time.perf_counter()
             compiled: Any = torch.compile(model, backend="qcompile", options={"allow_float": True})
             models.greedy(compiled, prompt, 2)
             facts["compile_seconds"] = time.perf_counter() - started
-        with stderr().status("generating compiled"):
-            facts["compiled_tokens_per_second"] = evaluation.tokens_per_second(compiled, prompt, new_tokens)
+        facts["compiled_tokens_per_second"] = evaluation.tokens_per_second(compiled, prompt, new_tokens)
     if as_json:
         print(json.dumps(facts, indent=2))
         return

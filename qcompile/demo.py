@@ -100,10 +100,10 @@ def _measure(scheme: str, folder: Path, ids: Tensor, tokenizer: Any, step: Calla
     if scheme != "float":
         quantize(model, scheme, progress=False)
     step("perplexity")
-    perplexity = evaluation.perplexity(model, ids)
+    perplexity = evaluation.perplexity(model, ids, progress=False)
     step("generate eagerly")
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    eager = evaluation.tokens_per_second(model, prompt, NEW_TOKENS, **CACHE)
+    eager = evaluation.tokens_per_second(model, prompt, NEW_TOKENS, progress=False, **CACHE)
     step("compile")
     started = time.perf_counter()
     # the same backend for all: a float model is plain Inductor, cut into blocks like the others
@@ -111,7 +111,7 @@ def _measure(scheme: str, folder: Path, ids: Tensor, tokenizer: Any, step: Calla
     tokens = models.greedy(compiled, prompt, NEW_TOKENS, **CACHE)
     compile_seconds = time.perf_counter() - started
     step("generate")
-    speed = evaluation.tokens_per_second(compiled, prompt, NEW_TOKENS, **CACHE)
+    speed = evaluation.tokens_per_second(compiled, prompt, NEW_TOKENS, progress=False, **CACHE)
     sample = tokenizer.decode(tokens[0, prompt.shape[1] :][:SAMPLE_TOKENS], skip_special_tokens=True)
     facts = report(model) if scheme != "float" else None
     deviation = evaluation.deviation(model, compiled, prompt, NEW_TOKENS, **CACHE)

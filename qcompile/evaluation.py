@@ -6,68 +6,81 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .progress import progress_bar
 
 _LOGITS_AT_ONCE = 2**24  # 64 MB in float32: many windows of a small vocabulary at once, one of a large vocabulary
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, sequence: int = 256) -> float:
+def perplexity(model: nn.Module, ids: Tensor, sequence: int = 256, progress: bool | None = None) -> float:
     """Perplexity of ``model`` on token ``ids``: non-overlapping windows, the last partial one dropped.
 
-    The first token of every window is context only. Log-probabilities are computed in float32.
+    The first token of every window is context only. Log-probabilities are computed in float32. progress: show a bar
+    (default: when stderr is a terminal).
     """
     total, count = 0.0, 0
     windows = _windows(ids, sequence)
     batch = 1
-    while len(windows):
-        chosen, windows = windows[:batch], windows[batch:]
-        logits = _logits(model, chosen)
-        losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), chosen[:, 1:].to(logits.device))
-        total, count = total + losses.item() * len(chosen), count + len(chosen)
-        batch = _batch_size(logits)
+    with progress_bar("measuring perplexity", len(windows), progress) as advance:
+        while len(windows):
+            chosen, windows = windows[:batch], windows[batch:]
+            logits = _logits(model, chosen)
+            targets = chosen[:, 1:].to(logits.device)
+            losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets)
+            total, count = total + losses.item() * len(chosen), count + len(chosen)
+            batch = _batch_size(logits)
+            advance("", count)
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, reference: nn.Module, ids: Tensor, sequence: int = 256) -> float:
+def divergence(
+    model: nn.Module, reference: nn.Module, ids: Tensor, sequence: int = 256, progress: bool | None = None
+) -> float:
     """Mean Kullback-Leibler divergence KL(reference ‖ model) per token, in nats; 0.0 for equal predictions.
 
     More sensitive than a difference of perplexities: gains on some tokens do not cancel losses on others.
+    progress: show a bar (default: when stderr is a terminal).
     """
     total, count = 0.0, 0
     windows = _windows(ids, sequence)
     batch = 1
-    while len(windows):
-        chosen, windows = windows[:batch], windows[batch:]
-        expected = _logits(reference, chosen).float().log_softmax(-1)
-        logits = _logits(model, chosen)
-        if logits.shape != expected.shape:
-            raise ConfigError(
-                f"the reference predicts {expected.shape[-1]} tokens and the model {logits.shape[-1]}; "
-                "a divergence needs two models with one vocabulary"
-            )
-        actual = logits.float().log_softmax(-1).to(expected.device)
-        total += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
-        count += chosen.numel()
-        batch = _batch_size(logits)
-    return total / count
+    with progress_bar("comparing with the reference", len(windows), progress) as advance:
+        while len(windows):
+            chosen, windows = windows[:batch], windows[batch:]
+            expected = _logits(reference, chosen).float().log_softmax(-1)
+            logits = _logits(model, chosen)
+            if logits.shape != expected.shape:
+                raise ConfigError(
+                    f"the reference predicts {expected.shape[-1]} tokens and the model {logits.shape[-1]}; "
+                    "a divergence needs two models with one vocabulary"
+                )
+            actual = logits.float().log_softmax(-1).to(expected.device)
+            total += nn.functional.kl_div(actual, expected, reduction="sum", log_target=True).item()
+            count += len(chosen)
+            batch = _batch_size(logits)
+            advance("", count)
+    return total / (count * sequence)
 
 
 class _Clock:
-    """A streamer for ``generate`` that notes when each token came (the prompt arrives first)."""
+    """A streamer for ``generate`` that notes when each token came (the prompt arrives first), and tells ``advance``."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[str], None]) -> None:
         self.times: list[float] = []
+        self.advance = advance
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.advance("")
 
     def end(self) -> None:
         """Nothing to flush."""
@@ -85,17 +98,20 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int, **options: Any) -> An
     )
 
 
-def tokens_per_second(model: Any, prompt_ids: Tensor, new_tokens: int, **options: Any) -> float:
+def tokens_per_second(
+    model: Any, prompt_ids: Tensor, new_tokens: int, *, progress: bool | None = None, **options: Any
+) -> float:
     """Speed of greedy decoding by ``model.generate``, without the prompt: one over the median time of a token.
 
-    Runs once before, so that compilation is not counted; the median forgives a neighbour's burst of load. ``options``
-    go to ``generate``.
+    Runs once before, so that compilation is not counted; the median forgives a neighbour's burst of load. progress:
+    show a bar (default: when stderr is a terminal). ``options`` go to ``generate``.
     """
     if new_tokens < 2:
         raise ConfigError(f"new_tokens must be at least 2 to measure the time between tokens, not {new_tokens}")
-    clock = _Clock()
-    for streamer in (None, clock):
-        _generate(model, prompt_ids.reshape(1, -1), new_tokens, streamer=streamer, **options)
+    with progress_bar("generating", 2 * (new_tokens + 1), progress) as advance:
+        warm, clock = _Clock(advance), _Clock(advance)
+        for streamer in (warm, clock):
+            _generate(model, prompt_ids.reshape(1, -1), new_tokens, streamer=streamer, **options)
     times = clock.times[1:]
     return 1.0 / statistics.median(b - a for a, b in itertools.pairwise(times))
 

@@ -1,6 +1,7 @@
 """Perplexity and divergence against their definitions; speed measured after a warm-up."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ class TestSpeed:
         generate = model.generate
         monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append(k["streamer"]) or generate(*a, **k))
         assert evaluation.tokens_per_second(model, ids[:5], 4) > 0
-        assert calls[0] is None
+        assert calls[0] is not calls[1]  # the first is the warm-up
         assert len(calls) == 2
 
     def test_needs_two_tokens(self, model, ids):
@@ -113,3 +114,21 @@ def test_deviation_is_zero_for_the_same_model_and_sees_a_wrong_decode_step():
                 handle.remove()
 
     assert evaluation.deviation(model, WrongAtOneRow(), prompt, 5) > 0.01
+
+
+def test_bars_end_when_the_work_does(model, ids, monkeypatch):
+    bars = []
+
+    @contextmanager
+    def bar(title, total, show):
+        done = []
+        yield lambda name, count=None: done.append(count or len(done) + 1)
+        bars.append((title, total, done[-1]))
+
+    monkeypatch.setattr(evaluation, "progress_bar", bar)
+    evaluation.perplexity(model, ids, sequence=16)
+    evaluation.divergence(model, model, ids, sequence=32)
+    evaluation.tokens_per_second(model, ids[:5], 3)
+    assert bars == [
+        ("measuring perplexity", 6, 6), ("comparing with the reference", 3, 3), ("generating", 8, 8)
+    ]  # fmt: skip

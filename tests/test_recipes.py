@@ -16,7 +16,7 @@ from qcompile.passes import pipeline
 
 def build():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                          num_attention_heads=4, num_key_value_heads=2, hidden_act="gelu")
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
