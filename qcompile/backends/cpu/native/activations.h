@@ -10,7 +10,8 @@
 
 namespace qcompile {
 
-constexpr int64_t kFloatBlock = 256;  // most features of a block of float activations: 255 * 32767 * 256 < 2^31
+constexpr int64_t kFloatBlock = 256;  // most features of a block of float activations: 255 * 32512 * 256 < 2^31
+constexpr float kLargestCode = 127 * 256;
 
 // Numbers a b c d of each four in the order a c b d: what Wide reads
 inline void store_wide(int16_t* to, Int32s v) {
@@ -42,7 +43,8 @@ inline float largest_magnitude(const float* values, int64_t length) {
   return load<float>(&largest);
 }
 
-// Quantize `count` floats, padded with zeros to `length`, to codes in -32767 ... 32767 with one scale.
+// Quantize `count` floats, padded with zeros to `length`, to codes in -32512 ... 32512 with one scale: 256 * 127, so that
+// both of their bytes are signed ones (few.h).
 //
 // Each further plane holds what the planes before it rounded away, 2^15 times finer: codes of plane i go to
 // codes[i * length], its scale to scales[i]. A number that is not finite makes the scales NaN, and so the whole row.
@@ -53,7 +55,7 @@ inline void quantize_block(
   float largest = largest_magnitude(values, length);
   const bool finite = largest <= std::numeric_limits<float>::max();
   largest = finite ? std::max(largest, 1e-29f) : 1.0f;  // no reciprocal overflows
-  float scale = largest / 32767, inverse = 32767 / largest;
+  float scale = largest / kLargestCode, inverse = kLargestCode / largest;
   for (int plane = 0; plane < planes; ++plane, codes += length) {
     scales[plane] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
     for (int64_t k = 0; k < length; k += kLanes) {

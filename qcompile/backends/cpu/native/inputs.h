@@ -24,20 +24,36 @@ struct FloatInputs {
   Tensor x, wide_x;
   int64_t planes;
   optional<Activations<Wide>> integers;
+#if defined(QCOMPILE_VNNI)
+  optional<SplitActivations> bytes;
+#endif
 
   explicit FloatInputs(const Tensor& x) : x(matrix(x)), planes(type_of(x.scalar_type()) == Type::float32 ? 2 : 1) {}
 
   bool tiled(const Item& item) const { return item.rows() >= kTiledFloats && x.scalar_type() == at::kBFloat16; }
 
+#if defined(QCOMPILE_VNNI)
+  bool few(const Item& item) const { return item.rows() <= kFewRows && x.size(0) * planes <= kFewInAll; }
+#endif
+
   void prepare(const Weight& weight, const std::vector<Item>& items) {
     if (!integers && any(items, [&](const Item& item) { return !tiled(item); })) integers = quantized(x, weight);
+#if defined(QCOMPILE_VNNI)
+    if (!bytes && any(items, [&](const Item& item) { return few(item); })) bytes.emplace(*integers);
+#endif
     if (!wide_x.defined() && any(items, [&](const Item& item) { return tiled(item); }))
       wide_x = widened(x, weight.features);
   }
 
   void multiply(const Job& job, const Item& item, int64_t panel, Scratch& scratch) const {
-    if (tiled(item)) multiply_tiled(job.weight, wide_x.data_ptr<at::BFloat16>(), item, panel, job.out, scratch);
-    else multiply_rows(job.weight, *integers, item, panel, job.out, scratch);
+    if (tiled(item)) return multiply_tiled(job.weight, wide_x.data_ptr<at::BFloat16>(), item, panel, job.out, scratch);
+#if defined(QCOMPILE_VNNI)
+    if (few(item)) {
+      if (job.weight.four_bits) return multiply_few<true>(job.weight, *bytes, item, panel, job.out, scratch);
+      return multiply_few<false>(job.weight, *bytes, item, panel, job.out, scratch);
+    }
+#endif
+    multiply_rows(job.weight, *integers, item, panel, job.out, scratch);
   }
 };
 

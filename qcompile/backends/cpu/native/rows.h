@@ -6,11 +6,21 @@
 
 namespace qcompile {
 
+// Sums [row][channel] of an item to the output, the planes of each row added.
+inline void finish_rows(const float* sums, const Item& item, int64_t planes, int64_t panel, const Output& out) {
+  finish(item.begin / planes, item.rows() / planes, panel, out, [&](int64_t i, int v) {
+    const float* from = sums + i * planes * kPanel + v * kLanes;
+    Floats sum = load<Floats>(from);
+    for (int64_t plane = 1; plane < planes; ++plane) sum += load<Floats>(from + plane * kPanel);
+    return sum;
+  });
+}
+
 // Block by block.
 template <class Mode, template <class> class Codes>
 void multiply_rows(const Weight& weight, const Activations<Mode>& x, const Item& item, int64_t panel, const Output& out,
                    Scratch& scratch) {
-  const int64_t rows = item.rows(), planes = x.planes, stored = item.expert * weight.panels + panel;
+  const int64_t rows = item.rows(), stored = item.expert * weight.panels + panel;
   float* sums = scratch.sums.room(rows * kPanel);
   std::fill_n(sums, rows * kPanel, 0.0f);
   const bool unpacks = Codes<Mode>::kPacked && rows > kDirectRows;
@@ -35,11 +45,7 @@ void multiply_rows(const Weight& weight, const Activations<Mode>& x, const Item&
     multiply(codes, block, rows, space, sums);
     codes.codes += block.steps * Codes<Mode>::kStepBytes;
   }
-  finish(item.begin / planes, rows / planes, panel, out, [&](int64_t i, int v) {
-    Floats sum = load<Floats>(sums + i * planes * kPanel + v * kLanes);
-    for (int64_t plane = 1; plane < planes; ++plane) sum += load<Floats>(sums + (i * planes + plane) * kPanel + v * kLanes);
-    return sum;
-  });
+  finish_rows(sums, item, x.planes, panel, out);
 }
 
 template <class Mode>

@@ -58,9 +58,9 @@ inline Int32s dot_16(Int32s sum, Int16s w, Int16s x) {
 }
 
 #if defined(QCOMPILE_VNNI)
-// sum[lane] plus the four products w[4 lane + i] x[4 lane + i]
-inline Int32s dot_8(Int32s sum, Int8s w, UInt8s x) {
-  return (Int32s)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+// sum[lane] plus the four products of bytes 4 lane + i
+inline Int32s dot_8(Int32s sum, Int8s a, UInt8s b) {
+  return (Int32s)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a);
 }
 #endif
 

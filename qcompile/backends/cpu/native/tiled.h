@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "rows.h"
+#include "few.h"
 
 namespace qcompile {
 
