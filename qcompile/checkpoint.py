@@ -45,8 +45,8 @@ def save(
 
     A transformers model gets config.json, generation_config.json and the tokenizer files of where it came from; any
     other module gets qcompile.json, and ``load`` needs the float module. Float parts keep their dtype. transformers
-    5.23 reads asymmetric weights of anyone's making with ``CompressedTensorsConfig(dequantize=True)`` only, and of
-    experts those of symmetric weights in compressed-tensors.
+    5.23 reads packed asymmetric weights only where config.json says ``dequantize``, as it does here, and of experts
+    those of symmetric weights in compressed-tensors.
 
     Tensors are written one by one. The folder appears under its name when it is complete; until then an old one stays
     as it was, whatever happens. Raises ConfigError when ``path`` exists and ``overwrite`` is not set, UnsupportedError

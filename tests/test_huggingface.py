@@ -108,7 +108,7 @@ class TestRefusals:
             load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w8a8", "fp8"])
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g32_asym", "w8a8", "fp8"])
 def test_a_saved_checkpoint_loads_by_plain_from_pretrained(folder, tmp_path, scheme):
     model = load(folder, scheme)
     model.save_pretrained(tmp_path / "out")

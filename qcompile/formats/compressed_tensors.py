@@ -88,6 +88,7 @@ class CompressedTensors(Format):
             for (scheme, permuted), names in groups.items()
         ]
         formats = {group["format"] for group in described}
+        packed_zeros = any(g["format"] == "pack-quantized" and not g["weights"]["symmetric"] for g in described)
         return {
             "quant_method": self.name,
             "quantization_status": "compressed",
@@ -99,6 +100,7 @@ class CompressedTensors(Format):
             "transform_config": {},
             "global_compression_ratio": None,
             "version": _VERSION,
+            **({"dequantize": True} if packed_zeros else {}),  # transformers reads them so only; nobody else looks
         }
 
 
