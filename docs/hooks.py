@@ -21,10 +21,19 @@ SCHEMES = (
     "wnvfp4anvfp4", "wmxfp4a16", "wmxfp4amxfp4", "wmxfp8amxfp8",
 )  # fmt: skip
 EVIDENCE = {
-    "cpu": "run by the tests, eager and compiled, on x86 with AVX512",
-    "cuda": "see `qcompile/backends/cuda`: what was interpreted on the CPU, and what was run on a GPU",
-    "npu": "checked against torch_npu's schemas and reference numerics on a CPU; not run on hardware",
+    "cpu": ("run", "run by the tests, eager and compiled, on x86 with AVX512"),
+    "cuda": (
+        "interpreted",
+        "run by Triton's interpreter against float64, and its code for sm_80, sm_89 and sm_90 read; no kernel has run "
+        "on a GPU, and nothing was timed. `reference` is the CPU's, and ran there",
+    ),
+    "npu": (
+        "host",
+        "run on torch_npu's own host code and reference numerics, call by call; not on hardware. "
+        "`qcompile/backends/npu/README.md` says with which schemes whole models ran there",
+    ),
 }
+"""Of each device, how far its kernels were verified, in a word and in a sentence."""
 SOURCE = Path(qcompile.__file__).parent
 
 
@@ -35,31 +44,24 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def support_matrix() -> str:
-    """Tables of scheme × device and scheme × format, and the evidence for each device."""
-    devices, formats = plugins.names("backends"), plugins.names("formats")
-    lines = ["## Kernels", "", *_head("scheme", [f"{d}, {k}" for d in devices for k in ("linear", "experts")])]
+    """A table of scheme × device × evidence × format, and what the words of evidence mean."""
+    devices, formats = plugins.names("backends"), [plugins.find("formats", name) for name in plugins.names("formats")]
+    lines = _head("scheme", [*devices, "can be written as"])
     for name in SCHEMES:
-        lines.append(_row(f"`{name}`", [_kernel(d, name, n) for d in devices for n in (0, 8)]))
+        stored = [own.name for own in formats if not own.refuses(Scheme.parse(name), (4096, 4096))]
+        lines.append(_row(f"`{name}`", [*(_kernels(device, name) for device in devices), ", ".join(stored)]))
     lines += [
         "",
-        "`reference` and `dequantize` are exact and slow: they dequantize at each call.",
+        "Where experts have another kernel, it stands behind the comma. `reference` is exact and slow: it dequantizes "
+        "at each call, with operations of PyTorch alone. More formats can be read than written: fp8 of DeepSeek and "
+        "transformers, MXFP4 of gpt-oss, and other layouts of AWQ and AutoRound.",
         "",
         "## Evidence",
         "",
     ]
-    lines += [f"- **{device}**: {EVIDENCE[device]}" for device in devices]
-    lines += [
-        "",
-        "## Formats",
-        "",
-        "What can be written; the same and more can be read.",
-        "",
-        *_head("scheme", formats),
-    ]
-    for name in SCHEMES:
-        refusals = [plugins.find("formats", f).refuses(Scheme.parse(name), (4096, 4096)) for f in formats]
-        lines.append(_row(f"`{name}`", ["–" if refusal else "yes" for refusal in refusals]))
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, *(f"- **{word}** ({device}): {meaning}." for device, (word, meaning) in EVIDENCE.items())]
+    )
 
 
 def messages() -> str:
@@ -79,11 +81,18 @@ def messages() -> str:
     return "\n".join(lines)
 
 
-def _kernel(device: str, scheme: str, experts: int) -> str:
-    site = Site("x", "experts" if experts else "linear", 4096, 4096, torch.bfloat16,
-                kind="experts" if experts else "linear", experts=experts)  # fmt: skip
-    kernel, _ = kernels.choose(plugins.find("backends", device), site, Scheme.parse(scheme))
-    return f"`{kernel.name}`" if kernel else "–"
+def _kernels(device: str, scheme: str) -> str:
+    """The kernels of a device for linears and experts, and how far they were verified."""
+    found = []
+    for experts in (0, 8):
+        kind = "experts" if experts else "linear"
+        site = Site("x", kind, 4096, 4096, torch.bfloat16, kind=kind, experts=experts)
+        kernel, _ = kernels.choose(plugins.find("backends", device), site, Scheme.parse(scheme))
+        found.append(f"`{kernel.name}`" if kernel else "–")
+    if set(found) == {"–"}:
+        return "refused"
+    evidence = "run on a CPU" if device == "cuda" and set(found) == {"`reference`"} else EVIDENCE[device][0]
+    return f"{', '.join(dict.fromkeys(found))} · {evidence}"
 
 
 def _text(node: ast.AST) -> str:
