@@ -40,6 +40,24 @@ def test_what_is_stored_is_what_was_learned(name):
     torch.testing.assert_close(dequantize_packed(packed, torch.float32), learned.weight(), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["w4a16_g32", "w3a16_g24_asym"])
+def test_gradients_are_those_of_the_formula(name):
+    learned, wanted = _Learned(torch.randn(8, 80), Scheme.parse(name), torch.float32), torch.randn(8, 80)
+    with torch.no_grad():
+        learned.offsets.uniform_(-1, 1)
+        learned.factors.uniform_(-0.3, 0.3)
+    for tensor in learned.parameters:
+        tensor.requires_grad_(True)
+    found = torch.autograd.grad((learned.weight() * wanted).sum(), learned.parameters)
+    scales, zeros = (learned.scales * (1 + learned.factors))[..., None], learned.zeros[..., None]
+    places = learned.groups / scales + learned.offsets
+    places = places + (places.round() - places).detach() + zeros
+    weight = ((places.clamp(0, learned.top) - zeros) * scales).flatten(1)[:, :80]
+    assert torch.equal(weight, learned.weight())
+    for one, other in zip(found, torch.autograd.grad((weight * wanted).sum(), learned.parameters), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("family", "scheme"), [("qwen3", "w3a16_g64"), ("qwen3_moe", "w4a8_asym")])
 def test_nearer_to_the_float_model_than_rounding(family, scheme):
     losses = {}

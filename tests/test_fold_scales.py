@@ -10,7 +10,7 @@ from qcompile.errors import CalibrationError
 from qcompile.float_experts import fuse
 from qcompile.trace import trace
 
-FAMILIES = ("qwen3", "gemma3_text", "phi3", "qwen3_moe")
+FAMILIES = ("qwen3", "gemma3_text", "phi3", "cohere", "qwen3_moe")  # of cohere, attention and MLP read one norm
 
 
 def made(family: str):

@@ -84,7 +84,7 @@ class AutoRound:
             for tensor, gradient in zip(parameters, gradients, strict=True):
                 tensor.requires_grad_(False)
                 if gradient is not None:
-                    tensor.sub_(gradient.sign(), alpha=rate * (1 - step / steps))
+                    tensor.sub_(gradient.sign_(), alpha=rate * (1 - step / steps))
             for each in learned.values():
                 each.clamp()
         with torch.no_grad():
@@ -120,23 +120,21 @@ class _Learned:
         self.offsets.clamp_(-_LARGEST, _LARGEST)
         self.factors.clamp_(-_RANGE, _RANGE)
 
-    def _quantized(self) -> tuple[Tensor, Tensor]:
-        """Codes less their zero points, and scales; rounding passes gradients on."""
-        scales = self.scales * (1 + self.factors)
-        scales = scales + (representable(scales.detach(), self.dtype) - scales.detach())
-        places = self.groups / scales[..., None] + self.offsets
-        places = places + (torch.round(places.detach()) - places.detach()) + self.zeros[..., None]
-        return places.clamp(0, self.top) - self.zeros[..., None], scales
+    def rounded(self, offsets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes less their zero points before and after they are limited, [rows, groups, n], and scales [..., 1]."""
+        scales = representable(self.scales * (1 + factors), self.dtype)[..., None]
+        codes, zeros = torch.addcdiv(offsets, self.groups, scales).round_(), self.zeros[..., None]
+        return codes, codes.clamp(-zeros, self.top - zeros), scales
 
     def weight(self) -> Tensor:
-        """The dequantized weight, float32 [..., out, in]."""
-        codes, scales = self._quantized()
-        return (codes * scales[..., None]).flatten(1)[:, : self.shape[-1]].reshape(self.shape)
+        """The dequantized weight, float32 [..., out, in]; rounding passes gradients on."""
+        made: Tensor = _Dequantized.apply(self.offsets, self.factors, self)
+        return made.flatten(1)[:, : self.shape[-1]].reshape(self.shape)
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The weight as it is stored."""
-        codes, scales = self._quantized()
+        _, codes, scales = self.rounded(self.offsets, self.factors)
         weight_type = self.scheme.weight
         stored = join_groups((codes + self.zeros[..., None]).round().to(torch.uint8), self.shape[-1])
         above = self.shape[:-1]
@@ -147,6 +145,26 @@ class _Learned:
             scales.to(self.dtype).reshape(*above, -1),
             None if weight_type.symmetric else self.zeros.to(torch.uint8).reshape(*above, -1),
         )
+
+
+class _Dequantized(torch.autograd.Function):
+    """Groups as they are dequantized; by hand, as a chain of ops would keep ten temporaries of the weight's size."""
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, factors: Tensor, learned: _Learned) -> Tensor:
+        """From offsets [rows, groups, n] and factors [rows, groups]."""
+        codes, limited, scales = learned.rounded(offsets, factors)
+        ctx.learned = learned
+        ctx.save_for_backward(codes == limited, limited, scales)
+        return limited * scales
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """Through what was rounded as if it were not, and of the offsets only where codes were not limited."""
+        inside, codes, scales = ctx.saved_tensors
+        ratio = (ctx.learned.groups / scales).mul_(inside)
+        of_scale = torch.sub(codes, ratio, out=ratio).mul_(gradient).sum(-1)
+        return gradient * scales * inside, of_scale * ctx.learned.scales, None
 
 
 METHOD = AutoRound()
