@@ -20,13 +20,14 @@ from torch.fx import GraphModule
 from . import plugins
 from .blocks import TunedBlock
 from .errors import CalibrationError, ConfigError
-from .observers import Needs, Statistics, activation_needs, search_clip, shared_rounding, static_parameters
+from .observers import Needs, Statistics, activation_needs, shared_rounding
+from .packing import complete, pack, reader, static
 from .progress import progress_bar
 from .resume import ResumeFolder
 from .segments import Runner, Segment, Segments, WholeModel
 from .smoothing import Smoother
 from .trace import as_called
-from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
+from .types import PackedWeight, Plan, PlannedSite, Site, SiteResult
 
 Seen = list[Statistics]
 """Of what a site reads: one for a Linear, one per expert."""
@@ -190,7 +191,7 @@ class Calibration:
             own = {p.site.name: weights[p.site.name] for p in sites}
             tuned = TunedBlock(self.runner, block, states, floats, sites, own)
             self._tuned |= plugins.find("methods", name).tune(tuned, dict(options))
-        return {p.site.name: _complete(p, self._tuned[p.site.name], {}) for p in chosen}
+        return {p.site.name: complete(p, self._tuned[p.site.name], {}) for p in chosen}
 
     def _restored(self, parts: Sequence[Segment]) -> dict[str, SiteResult]:
         """Install what the folder has of these parts; what needed no data is quantized again."""
@@ -205,7 +206,7 @@ class Calibration:
             for site in part.sites:
                 own = packed.get(site)
                 if own is not None and own.input_scale is not None and self.plan[site].site.kind == "linear":
-                    shared = self._parameters.setdefault(_reader(self.plan[site]), own.activation_tensors())
+                    shared = self._parameters.setdefault(reader(self.plan[site]), own.activation_tensors())
                     own = dataclasses.replace(own, **shared)  # type: ignore[arg-type]
                 results[site] = self.install(self.plan[site], own)
                 self.smoother.release(self.plan[site])
@@ -289,17 +290,27 @@ class Calibration:
 
         exact: dict[str, Tensor] = {}
 
-        def remember(site: str, x: Tensor, ends: Tensor | None) -> None:
+        def remember(site: str, x: Tensor, ends: Tensor | None, tokens: Tensor | None) -> None:
             if site in leaders and ends is None:
                 exact[site] = x
+            elif site in leaders and tokens is not None:  # each token as often as it was routed
+                exact[site] = x.new_empty(int(tokens.max()) + 1, x.shape[1]).index_copy_(0, tokens, x)
 
-        def observe(site: str, x: Tensor, ends: Tensor | None) -> None:
-            if site in leaders:
-                own = [x] if ends is None else x.tensor_split(ends[:-1].long().cpu())
-                for statistics, rows in zip(leaders[site], own, strict=True):
-                    statistics.update(rows, exact.pop(site, None))
+        def observe(site: str, x: Tensor, ends: Tensor | None, tokens: Tensor | None) -> None:
+            if site not in leaders:
+                return
+            if ends is None:
+                leaders[site][0].update(x, exact.pop(site, None))
+                return
+            wanted = exact.get(site)
+            places = ends[:-1].long().cpu()
+            if wanted is not None and tokens is not None:
+                wanted = wanted[tokens]  # of the float model, for the experts that are chosen now
+            for index, rows in enumerate(x.tensor_split(places)):
+                leaders[site][index].update(rows, None if wanted is None else wanted.tensor_split(places)[index])
 
         for index, values in enumerate(states):
+            exact.clear()
             if floats:
                 floats[index] = self.runner.run(parts[0], floats[index], remember)
             if leaders or not self.sequential:
@@ -339,67 +350,29 @@ class Calibration:
         if planned.site.name not in seen:
             return None
         if (tuned := self._tuned.pop(planned.site.name, None)) is not None:
-            return _complete(planned, tuned, {})
+            return complete(planned, tuned, {})
         weight, own = self.smoother.weight(planned, self.weight_of(planned)), seen[planned.site.name]
         if planned.site.kind == "linear":
-            return _pack(planned, weight, own[0], self._static(planned, seen))
+            return pack(planned, weight, own[0], self._static(planned, seen))
         enough = [statistics.count >= self.rare.tokens for statistics in own]
-        others = _static(planned, [s for s, is_enough in zip(own, enough, strict=True) if is_enough])
+        others = static(planned, [s for s, is_enough in zip(own, enough, strict=True) if is_enough])
         return PackedWeight.of_experts(
             [
-                _pack(planned, weight[e], own[e], _static(planned, [own[e]]))
+                pack(planned, weight[e], own[e], static(planned, [own[e]]))
                 if enough[e]
-                else _pack(planned, weight[e], None, others)
+                else pack(planned, weight[e], None, others)
                 for e in range(len(own))
             ]
         )
 
     def _static(self, planned: PlannedSite, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
         """Stored parameters of a Linear's activations: the same tensors for all sites that read the same tensor."""
-        key = _reader(planned)
+        key = reader(planned)
         if key not in self._parameters:
-            alike = {p.site.name for p in self.plan.quantized if _reader(p) == key}
+            alike = {p.site.name for p in self.plan.quantized if reader(p) == key}
             ranges = [found[0] for site, found in seen.items() if site in alike and len(found) == 1]
-            self._parameters[key] = _static(planned, ranges)
+            self._parameters[key] = static(planned, ranges)
         return self._parameters[key]
-
-
-def _reader(planned: PlannedSite) -> tuple[str, str]:
-    """What a site reads, and as which numbers: equal for sites that can share the quantized activations."""
-    return planned.site.inputs or planned.site.name, str(planned.scheme.activation if planned.scheme else None)
-
-
-def _static(planned: PlannedSite, seen: Sequence[Statistics]) -> dict[str, Tensor]:
-    """Stored parameters of static activations within the ranges of all of ``seen``; none for others."""
-    activation = planned.scheme.activation if planned.scheme else None
-    if activation is None or "input_scale" not in activation.params:
-        return {}
-    low, high = (torch.stack([getattr(s, end) for s in seen]) for end in ("low", "high"))
-    return static_parameters(low.min(), high.max(), activation)
-
-
-def _pack(
-    planned: PlannedSite, weight: Tensor, statistics: Statistics | None, parameters: dict[str, Tensor]
-) -> PackedWeight:
-    """Quantize the weight [out, in] of a Linear or of one expert; without statistics it is rounded to nearest."""
-    scheme = planned.scheme
-    assert scheme is not None
-    bare = Scheme(scheme.weight)
-    if statistics is None:
-        packed = plugins.find("methods", "rtn").quantize(weight, bare, {}, None, planned.site.dtype)
-    else:
-        method = plugins.find("methods", planned.method)
-        packed = method.quantize(weight, bare, dict(planned.options), statistics, planned.site.dtype)
-    if scheme.activation is not None and scheme.activation.clip:
-        alpha = 1.0 if statistics is None else search_clip(statistics.rows, weight, packed, scheme.activation)
-        parameters = {"alpha": torch.tensor([alpha], device=weight.device)}
-    return _complete(planned, packed, parameters)
-
-
-def _complete(planned: PlannedSite, packed: PackedWeight, parameters: dict[str, Tensor]) -> PackedWeight:
-    """A weight with the scheme of its site, and the parameters of its activations."""
-    assert planned.scheme is not None
-    return dataclasses.replace(packed, scheme=planned.scheme, **parameters)  # type: ignore[arg-type]
 
 
 def _listed(experts: Sequence[int], counts: Sequence[int]) -> str:

@@ -22,7 +22,8 @@ class Needs:
     hessian     X.T @ X of all inputs X [tokens, in], in float32
     rows        at least so many of the inputs themselves, evenly spaced (all of them if there are fewer)
     sequential  the inputs come from what is quantized already, not from the float model
-    drift       also how far the inputs of a Linear are from those of the float model (with ``sequential``)
+    drift       also how far the inputs of a Linear, or of the up projections of experts, are from those of the float
+                model (with ``sequential``)
     blocks      the method quantizes the sites of a decoder block together (``methods.BlockMethod``)
     smoothing   the method scales what the site reads first, where that can be (``methods.SmoothingMethod``)
     """

@@ -20,13 +20,15 @@ from torch.fx.node import map_arg
 
 from .errors import CalibrationError
 from .modules import QuantExperts
+from .moe import route
 from .sites import LINEARS, block_name, first_names, is_experts, module_name, plain_name
 
 Values = dict[Node, Any]
-Observer = Callable[[str, Tensor, Tensor | None], None]
+Observer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 """Called with the name of a site and what it reads, each time that a site is about to be computed.
 
-Of experts, these are rows [n, in] sorted by expert, and where those of each expert end, int32 [experts].
+Of experts, these are rows [n, in] sorted by expert, and where those of each expert end, int32 [experts]; of their up
+projection also which token each row is, int64 [n].
 """
 
 Compute = Callable[[nn.Module, Sequence[str], Sequence[Tensor]], Tensor]
@@ -270,17 +272,22 @@ def show(
     Returns the module's result if that had to be computed, for tokens [n, hidden].
     """
     if not isinstance(module, QuantExperts):
-        observe(sites[0], inputs[0], None)
+        observe(sites[0], inputs[0], None, None)
         return None
-
-    def seen(projection: int, rows: Tensor, ends: Tensor) -> None:
-        observe(sites[projection], rows, ends)
-
     x, ids, routing = (tensor.reshape(-1, tensor.shape[-1]) for tensor in inputs)
-    if not all_tokens:
+    experts = module.up.shape[0]
+
+    def observed(ids: Tensor, routing: Tensor) -> Tensor:
+        def seen(projection: int, rows: Tensor, ends: Tensor) -> None:
+            tokens = None if projection else route(ids, experts)[0] // ids.shape[1]
+            observe(sites[projection], rows, ends, tokens)
+
         return module.observed(x, ids, routing, seen)
-    for expert in range(module.up.shape[0]):
-        module.observed(x, torch.full_like(ids[:, :1], expert), torch.ones_like(routing[:, :1]), seen)
+
+    if not all_tokens:
+        return observed(ids, routing)
+    for expert in range(experts):
+        observed(torch.full_like(ids[:, :1], expert), torch.ones_like(routing[:, :1]))
     return None
 
 

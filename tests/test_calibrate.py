@@ -155,8 +155,8 @@ class TestSegments:
             seen, looked = {}, {}
             values = segments.start((batch,))
             for part in segments.parts:
-                segments.look(part, values, lambda name, x, _, looked=looked: looked.setdefault(name, x))
-                values = segments.run(part, values, lambda name, x, _, seen=seen: seen.setdefault(name, x))
+                segments.look(part, values, lambda name, x, *_, looked=looked: looked.setdefault(name, x))
+                values = segments.run(part, values, lambda name, x, *_, seen=seen: seen.setdefault(name, x))
             assert not values
             assert seen.keys() == looked.keys() == expected.keys()
             assert all(torch.equal(x, expected[name]) and torch.equal(x, looked[name]) for name, x in seen.items())
@@ -211,7 +211,7 @@ class TestSegments:
         for part in segments.parts:
             segments.run(part, values)
             seen = {}
-            values = segments.run(part, values, lambda name, x, _, seen=seen: seen.update({name: x.clone()}))
+            values = segments.run(part, values, lambda name, x, *_, seen=seen: seen.update({name: x.clone()}))
             assert all(torch.equal(value, expected[name]) for name, value in seen.items())
 
 

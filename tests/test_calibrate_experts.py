@@ -16,7 +16,7 @@ from qcompile.gates import gated
 from qcompile.methods.gptq import GPTQ
 from qcompile.methods.rtn import METHOD as RTN
 from qcompile.modules import quantized_modules
-from qcompile.observers import static_parameters
+from qcompile.observers import Statistics, static_parameters
 from qcompile.types import ActivationType, PackedWeight, Scheme
 
 STATIC = ActivationType.parse("8_static")
@@ -256,3 +256,25 @@ def test_experts_are_packed_one_by_one():
     for index, weight in enumerate(weights):
         for name, tensor in together.expert(index).tensors().items():
             assert torch.equal(tensor, weight.tensors()[name])
+
+
+def test_up_projections_know_how_far_their_inputs_have_drifted(monkeypatch):
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    original = Statistics.update
+
+    def update(self, x, exact=None):
+        if self.needs.drift and len(x):
+            seen.append((x.clone(), exact))
+        original(self, x, exact)
+
+    monkeypatch.setattr(Statistics, "update", update)
+    data = torch.arange(3, 131).reshape(8, 16)
+    quantize = {"data": data, "sequence": 16, "expert_tokens": 1, "progress": False, "rare_experts": "rtn"}
+    qcompile.quantize(tiny_moe("qwen3_moe"), config("w4a16_g32", "gptq"), **quantize)
+    layers = [(x, exact) for x, exact in seen if exact is not None]
+    assert 0 < len(layers) < len(seen)  # those of down projections are not known
+    drifts = [(exact - x).abs().max().item() for x, exact in layers]
+    first = drifts[: len(drifts) // 2]
+    assert first == [0.0] * len(first)  # nothing was quantized before the first layer
+    assert 0 < max(drifts) < 1
+    assert all(exact.shape == x.shape for x, exact in layers)

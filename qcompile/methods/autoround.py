@@ -159,7 +159,7 @@ class _Dequantized(torch.autograd.Function):
         return limited * scales
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         """Through what was rounded as if it were not, and of the offsets only where codes were not limited."""
         inside, codes, scales = ctx.saved_tensors
         ratio = (ctx.learned.groups / scales).mul_(inside)
