@@ -2,6 +2,8 @@
 
 import os
 import random
+import shutil
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -54,3 +56,23 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small quantized Qwen3 in bfloat16, and its folder."""
+    from helpers import quantize_linears, tiny_model
+
+    import qcompile
+
+    torch.manual_seed(0)
+    model = quantize_linears(tiny_model(), "w4a16_g32")
+    folder = tmp_path_factory.mktemp("checkpoint") / "w4"
+    qcompile.save(model, folder)
+    return model, folder
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy of that folder, to be damaged."""
+    return Path(shutil.copytree(checkpoint[1], tmp_path / "copied"))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qcompile import kernels, plugins
@@ -92,3 +96,17 @@ def expand_groups(values: torch.Tensor, weight: WeightType, out: int, inn: int) 
     if columns is None:
         return values
     return values.repeat_interleave(rows, dim=-2)[..., :out, :].repeat_interleave(columns, dim=-1)[..., :inn]
+
+
+def change(folder: Path, edit) -> None:
+    """Let ``edit`` change the dict of a folder's tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, edit) -> None:
+    """Let ``edit`` change the config of a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
