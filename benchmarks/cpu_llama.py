@@ -1,7 +1,10 @@
 """llama.cpp as a variant of cpu_decode.py and cpu_prefill.py: the same shape in Q4_0, random weights, the same threads.
 
-CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf      # builds it for this CPU; its release is printed
-python benchmarks/cpu_decode.py --llama
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf diskcache   # builds it for this CPU
+    python benchmarks/cpu_decode.py --llama
+
+On a CPU with AMX not with GCC 12: it drops ggml's configuration of the tiles, and the process ends at an illegal
+instruction.
 """
 
 from __future__ import annotations
