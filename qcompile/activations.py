@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from .small_floats import E4M3_MAX, mx_scales, nvfp4_scales, round_e2m1, round_e
 from .types import ActivationType
 
 
-def quantize_activation(x: Tensor, activation: ActivationType, params: Sequence[Tensor] = ()) -> list[Tensor]:
+def quantize_activation(
+    x: Tensor,
+    activation: ActivationType,
+    params: Sequence[Tensor] = (),
+    across: Callable[[Tensor], Tensor] = lambda largest: largest,
+) -> list[Tensor]:
     """Quantize float activations x [..., n]: ``[codes, scale]``, ``[codes, scale, zero]``, or (static) ``[codes]``.
 
     Everything is computed in float32, with ``x ≈ (code - zero) * scale``; round is half to even, after a true division.
@@ -45,11 +50,12 @@ def quantize_activation(x: Tensor, activation: ActivationType, params: Sequence[
     computed from it is not finite; with nvfp4 and with static scales infinities saturate, and the integer code of a NaN
     is not defined.
 
-    Params broadcast against [..., 1]: one for all rows, or one per row (that of its expert).
+    Params broadcast against [..., 1]: one for all rows, or one per row (that of its expert). across: where x holds
+    a part of the columns, the largest of a value [..., 1] over all parts; then dynamic scales are those of whole rows.
     """
     values = x.float()
     if activation.number != "int":
-        return _small_floats(values, activation, params)
+        return _small_floats(values, activation, params, across)
     top = 2 ** (activation.bits - 1) - 1
     if not activation.dynamic:
         scale, *zero = params
@@ -57,25 +63,30 @@ def quantize_activation(x: Tensor, activation: ActivationType, params: Sequence[
         return [codes.clamp(-top - 1, top).to(torch.int8)]
     if not activation.symmetric:
         low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        low, high = -across(-low), across(high)
         scale = (high - low) / (2 * top + 1)
         divisor = _nonzero(scale)
         shift = torch.round(-top - 1 - low / divisor).clamp(-top - 1, top)
         codes = (torch.round(values / divisor) + shift).clamp(-top - 1, top)
         return [codes.to(torch.int8), scale, shift.to(torch.int32)]
-    largest = values.abs().amax(-1, keepdim=True)
+    largest = across(values.abs().amax(-1, keepdim=True))
     if activation.clip:
         largest = largest * params[0]
     scale = largest / top
     return [torch.round(values / _nonzero(scale)).clamp(-top, top).to(torch.int8), scale]
 
 
-def _small_floats(values: Tensor, activation: ActivationType, params: Sequence[Tensor]) -> list[Tensor]:
+def _small_floats(
+    values: Tensor, activation: ActivationType, params: Sequence[Tensor], across: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     if not activation.dynamic:
         return [round_e4m3(values / params[0])]
     columns, number = values.shape[-1], activation.number
     size = activation.group_size or columns
     groups = split_groups(values, size)
     largest = groups.abs().amax(-1)
+    if activation.group_size is None:
+        largest = across(largest)
     if number == "fp8":
         scale = largest / E4M3_MAX
     elif number == "nvfp4":

@@ -73,14 +73,20 @@ class QuantLinear(QuantWeight):
     """A Linear with a quantized weight: x [..., in_features] -> [..., out_features] in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        activation = self.scheme.activation
+        parts = [x] if activation is None else torch.ops.qcompile.quantize(x, self.params(), str(activation))
+        return self.product(parts, x.dtype)
+
+    def product(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The product of [x], or of what ``qcompile::quantize`` made of it, with the weight, and the bias."""
         scheme, activation = str(self.scheme), self.scheme.activation
         if activation is None:
-            return torch.ops.qcompile.linear(x, self.tensors(), self.bias, scheme, self.kernel, self.out_features)
-        params = self.params()
-        parts = torch.ops.qcompile.quantize(x, params, str(activation))
+            return torch.ops.qcompile.linear(
+                parts[0], self.tensors(), self.bias, scheme, self.kernel, self.out_features
+            )
         return torch.ops.qcompile.scaled_linear(
-            parts if activation.dynamic else [*parts, *params],
-            self.tensors(), self.bias, scheme, self.kernel, self.out_features, x.dtype,
+            parts if activation.dynamic else [*parts, *self.params()],
+            self.tensors(), self.bias, scheme, self.kernel, self.out_features, dtype,
         )  # fmt: skip
 
 
@@ -151,15 +157,15 @@ class QuantExperts(nn.Module):
         return self.get_submodule(self._down)  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        up = self.up
-        x = hidden_states.reshape(-1, up.in_features)
-        kind = up.scheme.activation if up.scheme else None
-        parts = [x]
-        if kind is not None and not kind.params:
-            parts = torch.ops.qcompile.quantize(x, [], str(kind))
+        x = hidden_states.reshape(-1, self.up.in_features)
         k = top_k_index.shape[-1]
-        routed = (parts, top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k))
-        return torch.ops.qcompile.quant_experts(*routed, *self._projections(x.dtype)).view(hidden_states.shape)
+        routed = (self.shared_input(x), top_k_index.reshape(-1, k), top_k_weights.reshape(-1, k))
+        return torch.ops.qcompile.quant_experts(*routed, *self.projections(x.dtype)).view(hidden_states.shape)
+
+    def shared_input(self, x: Tensor) -> list[Tensor]:
+        """x [tokens, hidden] as all experts read it: quantized where that needs no expert's own scale."""
+        kind = self.up.scheme.activation if self.up.scheme else None
+        return [x] if kind is None or kind.params else torch.ops.qcompile.quantize(x, [], str(kind))
 
     def observed(self, x: Tensor, ids: Tensor, routing: Tensor, seen: Callable[[int, Tensor, Tensor], None]) -> Tensor:
         """``forward`` of x [tokens, hidden] that shows what the products read, sorted by expert.
@@ -167,9 +173,10 @@ class QuantExperts(nn.Module):
         ``seen(projection, rows, ends)``: of projection 0, up, or 1, down; the rows of expert e end at ``ends[e]``, and
         are float if that projection is.
         """
-        return ops.compute_experts([x], ids, routing, *self._projections(x.dtype), seen=seen)
+        return ops.compute_experts([x], ids, routing, *self.projections(x.dtype), seen=seen)
 
-    def _projections(self, dtype: torch.dtype) -> tuple[Any, ...]:
+    def projections(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What ``ops.compute_experts`` takes after the input and its routing."""
         up, down = self.up, self.down
         return (
             up.tensors(), up.bias, up.params(), down.tensors(), down.bias, down.params(),

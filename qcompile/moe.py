@@ -22,8 +22,9 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the (token, slot) pairs of ``ids`` int64 [tokens, k] by expert.
 
     Returns order int64 [tokens * k]: the pair at each sorted place; owner int64 [tokens * k]: its expert; and ends
-    int32 [experts]: where the rows of each expert end. Every id must be in 0 .. experts - 1; others make the result of
-    their token undefined. (Set ``QCOMPILE_DEBUG=1`` to have eager calls check them.)
+    int32 [experts]: where the rows of each expert end. The id ``experts`` is that of an expert which another rank has:
+    such rows come last, belong to nobody, and must have a routing weight of 0. Any other id that is not in 0 .. experts
+    - 1 makes the result of its token undefined. (Set ``QCOMPILE_DEBUG=1`` to have eager calls check them.)
     """
     owner, order = torch.sort(ids.reshape(-1), stable=True)
     every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
@@ -31,11 +32,15 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def combine(rows: Tensor, order: Tensor, routing: Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32."""
+    """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32.
+
+    Rows of weight 0 take no part, whatever they hold.
+    """
     tokens, k = routing.shape
     place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     results = rows.index_select(0, place).view(tokens, k, rows.shape[-1])
-    return (results.float() * routing.float()[..., None]).sum(1).to(dtype)
+    weights = routing.float()[..., None]
+    return torch.where(weights == 0, 0, results.float() * weights).sum(1).to(dtype)
 
 
 def run_float_experts(
@@ -119,14 +124,17 @@ def run_experts(
     activation: str,
     experts: int,
     dtype: torch.dtype,
+    across: Callable[[Tensor], Tensor] = lambda largest: largest,
 ) -> Tensor:
     """The experts of one layer: x [tokens, hidden] -> [tokens, hidden] in ``dtype``.
 
     x is [float] or, quantized per token already, [codes, scale] or [codes, scale, zero]. Each row goes through
     ``down(act(up(x)))`` of its expert. What a product reads is quantized as its scheme (up, down) says, with the static
-    scale or the clip of the row's own expert, from params [experts] each. Biases: [experts, out].
+    scale or the clip of the row's own expert, from params [experts] each. Biases: [experts, out]. across: as for
+    ``numerics.quantize_activation``, where ``down`` has a part of the columns.
     """
     order, owner, ends = route(ids, experts)
+    owner = owner.clamp(max=experts - 1)
     token = order // ids.shape[1]
     rows = [part.index_select(0, token) for part in x]
     if len(rows) == 1:
@@ -134,16 +142,19 @@ def run_experts(
     hidden = up(rows, ends)
     if up_bias is not None:
         hidden = hidden + up_bias.index_select(0, owner)
-    result = down(_quantized(gated(hidden, activation), owner, down_params, schemes[1]), ends)
+    result = down(_quantized(gated(hidden, activation), owner, down_params, schemes[1], across), ends)
     if down_bias is not None:
         result = result + down_bias.index_select(0, owner)
     return combine(result, order, routing, dtype)
 
 
-def _quantized(rows: Tensor, owner: Tensor, params: Sequence[Tensor], scheme: Scheme | None) -> list[Tensor]:
+def _quantized(
+    rows: Tensor, owner: Tensor, params: Sequence[Tensor], scheme: Scheme | None,
+    across: Callable[[Tensor], Tensor] = lambda largest: largest,
+) -> list[Tensor]:  # fmt: skip
     """What a product reads: the float rows, or their codes with what belongs to them."""
     if scheme is None or scheme.activation is None:
         return [rows]
     own = [param.index_select(0, owner)[:, None] for param in params]
-    parts = numerics.quantize_activation(rows, scheme.activation, own)
+    parts = numerics.quantize_activation(rows, scheme.activation, own, across)
     return parts if scheme.activation.dynamic else [*parts, *own]

@@ -181,11 +181,12 @@ def _(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, int
 
 def compute_experts(
     x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype,
-    *, seen=None,
+    *, seen=None, across=lambda largest: largest,
 ):  # fmt: skip
     """What ``qcompile::quant_experts`` computes, in traceable torch code.
 
     seen: is called with (0 or 1, rows, ends) before the product up or down of rows that end where ``ends`` says.
+    across: as for ``moe.run_experts``.
     """
     parsed = [None if scheme == FLOAT else scheme_of(scheme) for scheme in schemes.split("|")]
     experts, hidden, intermediate = sizes
@@ -204,7 +205,7 @@ def compute_experts(
 
     return run_experts(
         x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,
-        (parsed[0], parsed[1]), activation, experts, dtype,
+        (parsed[0], parsed[1]), activation, experts, dtype, across,
     )  # fmt: skip
 
 

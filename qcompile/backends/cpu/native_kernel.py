@@ -235,7 +235,7 @@ def _permuted(x: Tensor, permutation: Tensor, ends: Tensor | None) -> Tensor:
     if ends is None:
         return x.index_select(-1, permutation)
     owner = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
-    return x.gather(1, permutation.index_select(0, owner).long())
+    return x.gather(1, permutation.index_select(0, owner.clamp(max=ends.shape[0] - 1)).long())
 
 
 def _padded(values: Tensor | None, rows: int) -> Tensor | None:

@@ -76,5 +76,6 @@ def in_stored_order(x: Tensor, permutation: Sequence[Tensor], ends: Tensor | Non
 
 
 def owners(rows: Tensor, ends: Tensor) -> Tensor:
-    """The expert of each of the sorted rows."""
-    return torch.searchsorted(ends, torch.arange(rows.shape[0], dtype=ends.dtype, device=ends.device), right=True)
+    """The expert of each of the sorted rows; of rows that belong to nobody the last one."""
+    every = torch.arange(rows.shape[0], dtype=ends.dtype, device=ends.device)
+    return torch.searchsorted(ends, every, right=True).clamp(max=ends.shape[0] - 1)

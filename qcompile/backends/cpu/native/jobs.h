@@ -40,7 +40,6 @@ inline std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& we
     }
     begin = end;
   }
-  TORCH_CHECK(begin == rows, "qcompile_cpu: the last of ends is ", begin, ", but there are ", rows, " rows");
   return items;
 }
 
