@@ -7,13 +7,14 @@ read; its data are read plainly rather than mapped, so that memory holds what wa
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,14 +91,40 @@ class Folder:
             return (tensor if index is None else tensor[index]).clone(memory_format=torch.contiguous_format)
         if not size:
             return torch.empty(shape, dtype=dtype)
-        if header.file not in self._open:
-            self._open[header.file] = (self.path / header.file).open("rb")
-        file = self._open[header.file]
+        file = self._file(header.file)
         data = torch.empty(size, dtype=torch.uint8)  # a bytearray would be filled with zeros first
         file.seek(self._offsets[name] + (index or 0) * size)
         if file.readinto(data.numpy().data) != size:  # type: ignore[attr-defined]
             raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
         return data.view(dtype).view(shape)
+
+    def read_slice(self, name: str, cuts: Sequence[Sequence[tuple[int, int]] | None]) -> Tensor:
+        """Load of one tensor what lies in the runs [start, stop) of each dimension (None: all), and nothing else."""
+        header = self.headers[name]
+        if all(runs is None for runs in cuts) or header.file in self._pickles:
+            tensor = self.read(name)
+            for dim, runs in enumerate(cuts):
+                if runs is not None:
+                    tensor = torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in runs], dim)
+            return tensor.contiguous()
+        every = [((0, size),) if runs is None else runs for size, runs in zip(header.shape, cuts, strict=True)]
+        shape = [sum(stop - start for start, stop in runs) for runs in every]
+        dtype = DTYPES[header.dtype]
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        view, place, file = data.numpy().data, 0, self._file(header.file)
+        for first, count in _extents(header.shape, every):
+            size = count * dtype.itemsize
+            file.seek(self._offsets[name] + first * dtype.itemsize)
+            if file.readinto(view[place : place + size]) != size:  # type: ignore[attr-defined]
+                raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
+            place += size
+        self.bytes_read += place
+        return data.view(dtype).view(shape)
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            self._open[name] = (self.path / name).open("rb")
+        return self._open[name]
 
     def _add(self, file: str, expected: set[str] | None) -> None:
         path = self.path / file
@@ -117,6 +144,19 @@ class Folder:
             if dtype not in DTYPES:
                 raise FormatError(f"{path}: {name} has the dtype {dtype}, which this torch does not have")
             self.headers[name] = TensorHeader(name, dtype, shape, file)
+
+
+def _extents(shape: Sequence[int], runs: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+    """(first element, how many) of what lies next to each other in the runs of every dimension, in their order."""
+    last = max((dim for dim, own in enumerate(runs) if tuple(own) != ((0, shape[dim]),)), default=0)
+    inner = math.prod(shape[last + 1 :])
+    outer = itertools.product(*(itertools.chain(*(range(*run) for run in own)) for own in runs[:last]))
+    for index in outer:
+        first = 0
+        for size, place in zip(shape, index, strict=False):
+            first = first * size + place
+        for start, stop in runs[last]:
+            yield (first * shape[last] + start) * inner, (stop - start) * inner
 
 
 def read_json(path: Path) -> dict[str, Any]:

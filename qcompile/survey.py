@@ -20,6 +20,7 @@ from .experts import find_experts
 from .float_experts import fuse, projections, slots
 from .formats import Shape, StoredSite, TensorHeader
 from .kernels import Backend, choose
+from .memory import return_memory
 from .modules import FloatWeight, holders, module_of, quantized_modules
 from .ops import find_kernel
 from .progress import progress_bar
@@ -29,6 +30,7 @@ from .storage import CONFIG, DTYPES, Folder
 from .streaming import plan_stream, quantize_stored
 from .types import PackedWeight, Plan, PlannedSite, Scheme, Site, SiteResult
 
+_PILE = 2**24  # bytes that are read before what was freed meanwhile goes back to the system
 STORED = "stored"  # the method of a site that came from a checkpoint
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # What a reader may stumble over in a section that holds other kinds of values than it ever should.
@@ -154,7 +156,7 @@ class Survey:
 
     # ------------------------------------------------------------------------------------------------------------ names
 
-    def _places(self, slot: Slot) -> tuple[list[str], Sequence[parts.Part]]:
+    def places(self, slot: Slot) -> tuple[list[str], Sequence[parts.Part]]:
         """Stored names of a whole tensor, those that are there; or, if none is, the parts that it is stored in."""
         names = [self.renamed.get(name, name) for name in slot.names]
         present = [name for name in names if name in self.folder.headers]
@@ -165,7 +167,7 @@ class Survey:
 
     def stored_name(self, name: str) -> str:
         """Where a whole tensor of the model is stored; "" where it is stored in several parts."""
-        names, stored = self._places(self._by_name[name])
+        names, stored = self.places(self._by_name[name])
         return names[0] if not stored else stored[0].name if len(stored) == 1 else ""
 
     def _check_names(self) -> tuple[str, ...]:
@@ -174,7 +176,7 @@ class Survey:
         wanted: dict[str, tuple[Slot, tuple[int, ...]]] = {}
         missing = []
         for slot in self.slots:
-            names, stored = self._places(slot)
+            names, stored = self.places(slot)
             places = {part.name: part.shape for part in stored} or dict.fromkeys(names, tuple(slot.tensor.shape))
             lacking = [name for name in places if name not in headers]
             if stored or len(lacking) == len(places):
@@ -258,7 +260,7 @@ class Survey:
         """Every stored tensor that belongs to no quantized site; the name in the model where only that differs."""
         renamed = {stored: name for name, stored in self.renamed.items()}
         for slot in self.slots:
-            names, stored = self._places(slot)
+            names, stored = self.places(slot)
             present = [part.name for part in stored] or names[:1]
             yield from (renamed.get(name, name) for name in present)
 
@@ -273,15 +275,17 @@ class Survey:
     def _load_floats(self, advance: Callable[..., None]) -> None:
         """Read every tensor that belongs to no quantized site, and make room for quantized experts."""
         for slot in self.slots:
-            names, stored = self._places(slot)
-            if stored:
-                tensor = parts.assemble(tuple(slot.tensor.shape), stored, self.folder.read)
-            else:
-                tensor = self._read_whole(names)
-            slot.fill(self._cast(tensor).to(self.device))
+            slot.fill(self._cast(self.read_slot(slot)).to(self.device))
             advance(slot.names[0], self.folder.bytes_read)
         quantized = {planned.site.name for planned in self.plan.quantized}
         fuse(self.model, [e for e in self.layouts if any(f"{e.name}.{p}" in quantized for p in e.projections)])
+
+    def read_slot(self, slot: Slot) -> Tensor:
+        """The float tensor of a slot."""
+        names, stored = self.places(slot)
+        if stored:
+            return parts.assemble(tuple(slot.tensor.shape), stored, self.folder.read)
+        return self._read_whole(names)
 
     def _read_whole(self, names: Sequence[str]) -> Tensor:
         """The tensor that is stored under these names; FormatError where they differ."""
@@ -300,7 +304,7 @@ class Survey:
 
     def _load_sites(self, advance: Callable[..., None]) -> tuple[SiteResult, ...]:
         """Read the quantized sites one by one and put a quantized module in the place of each."""
-        results = []
+        results, returned = [], self.folder.bytes_read
         self._holders = holders(self.model)  # found once, for thousands of sites
         for planned in self.plan:
             if not planned.quantized:
@@ -308,6 +312,9 @@ class Survey:
                 continue
             results.append(self._load_site(planned))
             advance(planned.site.name, self.folder.bytes_read)
+            if self.folder.bytes_read - returned > _PILE:
+                returned = self.folder.bytes_read
+                return_memory()
         self.plan = dataclasses.replace(self.plan, sites=tuple(result.planned for result in results))
         return tuple(results)
 
@@ -318,13 +325,13 @@ class Survey:
         bias: Tensor | None = module.bias
         try:
             if weight is None:
-                packed, sqnr = quantize_stored(self, planned)
+                packed, sqnr = self.quantize_site(planned)
             else:
-                packed = parts.read_weight(weight, self.read_stored)
+                packed = self.read_site(weight)
                 if packed.scheme != planned.scheme:
                     planned = self._planned_again(planned, packed.scheme)
                 packed = _fit(packed, planned)
-                bias = self._bias(weight, module.bias)
+                bias = self.read_bias(weight, module.bias)
         except (FormatError, UnsupportedError) as error:
             is_named = str(error).startswith(str(self.folder.path))
             file = f"/{self.folder.headers[next(weight.tensors)].file}" if weight else ""
@@ -333,6 +340,14 @@ class Survey:
         for parent, key in self._holders[id(module)]:
             setattr(parent, key, quantized)
         return SiteResult(planned, sum(t.numel() * t.element_size() for t in quantized.buffers()), sqnr)
+
+    def quantize_site(self, planned: PlannedSite) -> tuple[PackedWeight, float]:
+        """The packed weight of a site whose float weight is stored, and its signal-to-noise ratio in dB."""
+        return quantize_stored(self, planned)
+
+    def read_site(self, weight: parts.StoredWeight) -> PackedWeight:
+        """The canonical weight of a site that is stored quantized."""
+        return parts.read_weight(weight, self.read_stored)
 
     def _planned_again(self, planned: PlannedSite, scheme: Scheme) -> PlannedSite:
         """The plan for a weight of which only the tensors, not config and headers, show how small its groups are."""
@@ -352,14 +367,14 @@ class Survey:
             file = self.folder.path / self.folder.headers[stored.tensors[0]].file
             raise type(error)(f"{file}: {error}") from None
 
-    def _bias(self, weight: parts.StoredWeight, loaded: Tensor | None) -> Tensor | None:
+    def read_bias(self, weight: parts.StoredWeight, loaded: Tensor | None) -> Tensor | None:
         """The bias of a quantized site: stored with its Linears, or else the one of the model that has been loaded.
 
         AutoGPTQ writes zeros for Linears without a bias; those are left out.
         """
         if not any(stored.owns_bias or f"{name}.bias" in self.extra_biases for name, stored in weight.stored.items()):
             return loaded
-        rows = [[self._stored_bias(weight.stored[piece.name]) for piece in own] for own in weight.pieces]
+        rows = [[self.stored_bias(weight.stored[piece.name]) for piece in own] for own in weight.pieces]
         if all(bias is None or not bias.any() for own in rows for bias in own) and not weight.site.has_bias:
             return None
         zeros = torch.zeros(weight.site.out_features // len(rows[0]), dtype=self.dtype)
@@ -367,7 +382,7 @@ class Survey:
         bias = joined if weight.site.kind == "experts" else joined[0]
         return bias.to(self.dtype).to(self.device)
 
-    def _stored_bias(self, stored: StoredSite) -> Tensor | None:
+    def stored_bias(self, stored: StoredSite) -> Tensor | None:
         assert self.format is not None
         if stored.owns_bias:
             return self.format.read_bias(stored, self.folder.read)

@@ -91,6 +91,19 @@ class Format:
         """The bias of a site that owns it, None where there is none."""
         return None
 
+    def order_of(self, site: StoredSite) -> str:
+        """How stored matrices lie, for reading a part of them: "oi" [out ..., in ...], "io" the other way round; "" for
+        outputs and inputs that are interleaved, so that a part is cut from the whole weight. Vectors are along the
+        outputs, ``g_idx`` along the inputs; either may be packed, grouped or of length one.
+        """
+        return "oi"
+
+    def unneeded(self, site: StoredSite, columns: bool) -> frozenset[str]:
+        """Last parts of the names of tensors that a part of ``site`` (with ``columns``: not all inputs) does without,
+        since they are sums over all inputs that nothing is computed with.
+        """
+        return frozenset()
+
     def added_tensors(self, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> Mapping[str, str]:
         """Stored names, by names in the model, of tensors that norms and float Linears have beyond the float model's.
 

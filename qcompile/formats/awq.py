@@ -98,6 +98,10 @@ class Awq(Format):
         kept = None if weight.symmetric else zeros.contiguous()
         return PackedWeight(site.scheme, site.shape, codes, scales.contiguous(), kept)
 
+    def order_of(self, site: StoredSite) -> str:
+        """Of gemm inputs come first; the others pad groups or interleave rows."""
+        return "io" if site.layout["layout"] == "gemm" else ""
+
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a weight cannot be written."""
         (out, inn), weight = shape, scheme.weight

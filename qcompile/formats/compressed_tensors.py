@@ -67,6 +67,10 @@ class CompressedTensors(Format):
             _check_correction(get(f"{site.name}.bias"), packed, f"{site.name}.bias")
         return packed
 
+    def unneeded(self, site: StoredSite, columns: bool) -> frozenset[str]:
+        """The correction of the hardware's offset, which is computed again."""
+        return frozenset({"bias"} if columns and site.owns_bias else ())
+
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a scheme cannot be written; every one can."""
         return ""

@@ -93,6 +93,10 @@ class Gptq(Format):
             return PackedWeight(site.scheme, site.shape, codes, scales, zeros)
         return in_groups(site.scheme, site.shape, codes, scales, zeros, g_idx)
 
+    def order_of(self, site: StoredSite) -> str:
+        """Inputs come first."""
+        return "io"
+
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a weight cannot be written."""
         (out, inn), weight = shape, scheme.weight

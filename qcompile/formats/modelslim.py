@@ -150,6 +150,10 @@ class ModelSlim(Format):
         deq_scale = _floats(get(f"{site.name}.deq_scale")).reshape(-1)
         return (steps.double() * deq_scale.double()).float() if steps.any() else None
 
+    def unneeded(self, site: StoredSite, columns: bool) -> frozenset[str]:
+        """The correction of the hardware's offset, which is computed again."""
+        return frozenset({"scale_bias"} if columns else ())
+
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Why a weight cannot be written."""
         (out, inn), weight, activation = shape, scheme.weight, scheme.activation

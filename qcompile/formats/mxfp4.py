@@ -55,6 +55,10 @@ class Mxfp4(Format):
         exponents = get(scales, expert).view(-1, inn // 32)[rows].contiguous()
         return PackedWeight(site.scheme, (out, inn), codes, finite(exponents.view(torch.float8_e8m0fnu), scales))
 
+    def order_of(self, site: StoredSite) -> str:
+        """Gate and up alternate; an expert is read as a whole."""
+        return ""
+
     def refuses(self, scheme: Scheme, shape: Shape, packed: PackedWeight | None = None) -> str:
         """Always, since it is not written."""
         return "it is only read; use compressed-tensors, which stores the same weights"
