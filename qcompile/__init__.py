@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CalibrationError,
         ConfigError,
         FormatError,
+        ParallelError,
         PassError,
         QcompileError,
         TraceError,
@@ -46,6 +47,7 @@ _HOME = {
         "CalibrationError",
         "UnsupportedError",
         "PassError",
+        "ParallelError",
     ),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -54,6 +56,7 @@ __all__ = [
     "CalibrationError",
     "ConfigError",
     "FormatError",
+    "ParallelError",
     "PassError",
     "Plan",
     "QcompileError",

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ from .types import (
 )
 from .verify import run_pass
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .parallel.quantizing import Division
+
 Config = QuantConfig | Plan | dict | str | Path
 
 
@@ -83,6 +88,8 @@ def quantize(
     rare_experts: str = "error",
     expert_tokens: int = 16,
     resume: str | Path | None = None,
+    mesh: DeviceMesh | None = None,
+    ep: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize ``model`` in place and return it: the same class, with QuantLinear at the names of its Linears.
@@ -106,6 +113,10 @@ def quantize(
     resume: a folder that keeps what is done after each part of the calibration. When a run was interrupted, load the
     float model again and call this with the same arguments: it goes on where it was, with the same result.
 
+    mesh: ranks that all call this with the same float model and data: each runs a share of the sequences, with the same
+    result as one rank, and keeps its part of the model in the end; ep: into how many parts experts are dealt. See
+    ``load``.
+
     In order: trace, plan, check all weights, quantize site by site (each float weight is freed before the next one is
     read; with data decoder block by decoder block), then rewrite the exported graph alike and hold both to the plan.
 
@@ -119,6 +130,7 @@ def quantize(
     rare = RareExperts(rare_experts, expert_tokens)
     find_backend(config.device if isinstance(config, Plan) else device)
     sites, graph, experts = _find_sites(model, settings, example_inputs)
+    division = None if mesh is None else _division(mesh, ep, graph, sites, experts)
     if settings is None:
         assert isinstance(config, Plan)
         decided = _checked_plan(config, sites)
@@ -137,6 +149,8 @@ def quantize(
         fuse(model, _affected(experts, decided))
         decided, frontier, sensitivity = _spent(model, settings, decided, example_inputs, inputs, progress)
         notes += (f"a budget of {amount} was spent by divergences that were measured",)
+    if division is not None:
+        division.decide(model, decided, resume)
     folder, unused = _resume_folder(resume, model, decided, inputs, rare)
     notes += unused
     timeline.mark("planned")
@@ -151,7 +165,7 @@ def quantize(
     calibration = Calibration(
         model, decided, graph, example_inputs, inputs, rare, folder,
         weight_of=lambda planned: _float_module(model, planned).weight.detach(),
-        install=install,
+        install=install, exchange=division.exchange if division else None,
     )  # fmt: skip
     quantized = calibration.run(progress)
     results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
@@ -172,7 +186,10 @@ def quantize(
         sensitivity=sensitivity,
     )
     model.requires_grad_(False)  # integer weights have no gradient, and compiling for one would fail later
-    set_state(model, State(decided, report_, graph))
+    if division is None:
+        set_state(model, State(decided, report_, graph))
+    else:
+        division.divide(model, report_)
     gc.collect()  # the tracer leaves cycles that would keep fake tensors of every layer
     return_memory()
     return model
@@ -272,6 +289,12 @@ def _find_sites(
         return walk_sites(model, experts), None, experts
     traced = trace(model, example_inputs)
     return traced.sites, traced.graph, traced.experts
+
+
+def _division(mesh: DeviceMesh, *found: Any) -> Division:
+    from .parallel.quantizing import Division
+
+    return Division(mesh, *found)
 
 
 def _affected(experts: tuple[ExpertsLayout, ...], plan: Plan) -> list[ExpertsLayout]:

@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .segments import Runner, Segment, Segments, WholeModel
 from .smoothing import Smoother
 from .trace import as_called
 from .types import PackedWeight, Plan, PlannedSite, Site, SiteResult
+
+if TYPE_CHECKING:
+    from .parallel.exchange import Exchange, Record
 
 Seen = list[Statistics]
 """Of what a site reads: one for a Linear, one per expert."""
@@ -86,7 +89,7 @@ class Calibration:
     graph: the traced model, or None to run the model as it is, as one part; then ``example_inputs`` says whether it is
     run on token ids (None) or on its positional inputs. inputs: one tuple per pass, of ``calibration_inputs``.
     folder: keeps what is done, and may hold parts of this run already. weight_of gives the float weight of a site,
-    install replaces it. Afterwards ``notes`` tell what experts saw.
+    install replaces it. exchange: ranks among which the inputs are divided. Afterwards ``notes`` tell what experts saw.
     """
 
     def __init__(
@@ -100,8 +103,12 @@ class Calibration:
         folder: ResumeFolder | None,
         weight_of: Callable[[PlannedSite], Tensor],
         install: Install,
+        exchange: Exchange | None = None,
     ) -> None:
         self.plan, self.inputs, self.rare, self.folder = plan, inputs, rare, folder
+        self.total, self.exchange = len(inputs), exchange
+        if exchange is not None:
+            self.inputs = exchange.own(inputs)
         self.weight_of, self.install = weight_of, install
         self.needs = plan_needs(plan)
         self.sequential = any(needs.sequential for needs in self.needs.values())
@@ -296,18 +303,34 @@ class Calibration:
             elif site in leaders and tokens is not None:  # each token as often as it was routed
                 exact[site] = x.new_empty(int(tokens.max()) + 1, x.shape[1]).index_copy_(0, tokens, x)
 
+        def count(site: str, x: Tensor, ends: Tensor | None, wanted: Tensor | None) -> None:
+            if ends is None:
+                leaders[site][0].update(x, wanted)
+                return
+            places = ends[:-1].long().cpu()
+            others = None if wanted is None else wanted.tensor_split(places)
+            for index, rows in enumerate(x.tensor_split(places)):
+                leaders[site][index].update(rows, None if others is None else others[index])
+
+        records: list[Record] = []
+
         def observe(site: str, x: Tensor, ends: Tensor | None, tokens: Tensor | None) -> None:
             if site not in leaders:
                 return
-            if ends is None:
-                leaders[site][0].update(x, exact.pop(site, None))
-                return
-            wanted = exact.get(site)
-            places = ends[:-1].long().cpu()
+            wanted = exact.pop(site, None) if ends is None else exact.get(site)
             if wanted is not None and tokens is not None:
                 wanted = wanted[tokens]  # of the float model, for the experts that are chosen now
-            for index, rows in enumerate(x.tensor_split(places)):
-                leaders[site][index].update(rows, None if wanted is None else wanted.tensor_split(places)[index])
+            if self.exchange is None:
+                count(site, x, ends, wanted)
+            else:
+                records.append((site, [x, ends, wanted]))
+
+        def share(index: int) -> None:
+            """Count what all ranks saw in their ``index``-th sequence."""
+            if self.exchange is not None:
+                for site, tensors in self.exchange.all(records, self.total, index):
+                    count(site, *tensors)  # type: ignore[arg-type]
+                records.clear()
 
         for index, values in enumerate(states):
             exact.clear()
@@ -320,7 +343,10 @@ class Calibration:
                     self.runner.look(parts[-1], values, observe)
                 else:
                     states[index] = values
+            share(index)
             advance(parts[-1].name)
+        if self.exchange is not None and len(states) < self.exchange.rounds(self.total):
+            share(len(states))
         for name, statistics in leaders.items():
             self._check(self.plan[name].site, statistics)
         return seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from .errors import ConfigError, UnsupportedError, shortened
 from .float_experts import held_tensors
 from .formats import Format, StoredSite
 from .memory import collection_paused
-from .modules import FloatWeight, QuantExperts, QuantWeight, quantized_modules, set_state
+from .modules import FloatWeight, QuantExperts, QuantWeight, quantized_modules, set_state, state_of
 from .planning import find_backend
 from .progress import progress_bar
 from .storage import Folder, ShardWriter, new_folder
 from .survey import Survey, moved
 from .types import Plan, Report, State
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # ------------------------------------------------------------------------------------------------------------ save
 
@@ -53,6 +56,12 @@ def save(
     when the format cannot express a weight, OSError when the disk is full.
     """
     model = getattr(model, "_orig_mod", model)
+    state = state_of(model)
+    if state is not None and state.ranks > 1:
+        raise ConfigError(
+            f"this {type(model).__name__} holds the part of one of {state.ranks} ranks, which is no checkpoint: save "
+            "it before it is divided, or load it without mesh="
+        )
     writer_format = _find_format(format)
     contents = _Contents(model)
     contents.check(writer_format)
@@ -182,6 +191,8 @@ def load(
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     config: QuantConfig | Mapping[str, Any] | str | Path | None = None,
+    mesh: DeviceMesh | None = None,
+    ep: int | None = None,
     allow_download: bool = False,
     allow_pickle: bool = False,
     progress: bool | None = None,
@@ -193,6 +204,10 @@ def load(
     to quantize of one while it is loaded, as for ``quantize``, by methods that need no data; the float weights are
     never all in memory. allow_pickle: read weights that are pickles, by torch's loader that runs no code.
 
+    mesh: ranks that divide the model, a device mesh of one dimension; each reads its own part of every weight, and all
+    must call this. Of a mesh ("copies", "tp"), copies of the model divide its experts among all ranks, and each has
+    other tokens. ep: into how many parts experts are dealt (default: to every rank its own, where they can be).
+
     Weights are read one by one, experts too, so memory holds the quantized model and one site. Every tensor of the
     files must find its place and every place its tensor: FormatError names those that do not, and the file of any
     damage. UnsupportedError names each module whose scheme neither qcompile nor a kernel of the device can run.
@@ -200,7 +215,7 @@ def load(
     started = time.perf_counter()
     with Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
         backend = find_backend(device)
-        survey = Survey(folder, backend, device, model, dtype, _settings(config))
+        survey = _survey(mesh, ep, folder, backend, device, model, dtype, _settings(config))
         if config is not None:
             refuse_without_data(survey.plan, "Load the float model, then call quantize with data=.")
         results = survey.load(progress)
@@ -209,7 +224,7 @@ def load(
         skeleton.untie(model)
     model.eval().requires_grad_(False)
     report = Report(type(model).__name__, survey.plan, results, time.perf_counter() - started)
-    set_state(model, State(survey.plan, report))
+    set_state(model, State(survey.plan, report, ranks=mesh.size() if mesh is not None else 1))
     return model
 
 
@@ -219,17 +234,41 @@ def inspect(
     device: str = "cpu",
     model: nn.Module | None = None,
     config: QuantConfig | Mapping[str, Any] | str | Path | None = None,
+    tp: int = 1,
+    ep: int | None = None,
     allow_download: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
     """What ``load`` would do, from config and tensor headers alone; the device need not be there.
 
-    config: of a float checkpoint, what ``quantize`` with it would do, also by methods that need data. Raises what
-    ``load`` would raise for config and headers.
+    config: of a float checkpoint, what ``quantize`` with it would do, also by methods that need data. tp, ep: what one
+    of so many ranks would hold; the notes tell the bytes of each rank, what the ranks tell each other for a token, and
+    what stays whole and why. Raises what ``load`` would raise for config and headers.
     """
     backend = find_backend(device, to_run=False)
     with collection_paused(), Folder(skeleton.resolve(path, allow_download), allow_pickle) as folder:
-        return Survey(folder, backend, device, model, None, _settings(config)).plan
+        checkpoint = (folder, backend, device, model, None, _settings(config))
+        if tp == 1 and ep in (None, 1):
+            return Survey(*checkpoint).plan
+        from .parallel.dry_run import plan_of_a_rank
+
+        return plan_of_a_rank(*checkpoint, tp=tp, ep=ep)
+
+
+def _survey(mesh: DeviceMesh | None, ep: int | None, *checkpoint: Any) -> Survey:
+    """The survey of a checkpoint, for one rank of a mesh where there is one."""
+    if mesh is None:
+        if ep is not None:
+            raise ConfigError(f"ep={ep} deals experts to the ranks of a mesh: pass mesh= as well")
+        return Survey(*checkpoint)
+    from .parallel.loading import DividedSurvey
+    from .parallel.ranks import agree, ranks_of, sizes_of
+
+    tp, ep = sizes_of(mesh, ep)
+    agree(mesh, checkpoint[0])
+    survey = DividedSurvey(*checkpoint, tp=tp, ep=ep)
+    survey.hold(ranks_of(mesh, tp, survey.sharding.ep))
+    return survey
 
 
 def _settings(config: QuantConfig | Mapping[str, Any] | str | Path | None) -> QuantConfig | None:

@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import cli_views
-from .cli_options import Checkpoint, Device, Json, Overwrite, Soc, chip, progress, stderr, writable, write
+from .cli_options import (
+    Checkpoint,
+    Device,
+    ExpertParallel,
+    Json,
+    Overwrite,
+    Soc,
+    TensorParallel,
+    chip,
+    progress,
+    stderr,
+    writable,
+    write,
+)  # fmt: skip
 from .errors import ConfigError, QcompileError
 
 if TYPE_CHECKING:
@@ -112,19 +125,22 @@ def inspect(
         typer.Option(help="Of a float checkpoint: how it would be quantized, by a preset, a scheme or a file.yaml."),
     ] = None,
     device: Device = "cpu",
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = None,
     as_json: Json = False,
     soc: Soc = None,
 ) -> None:
     """Show what would happen to every site of a checkpoint, from its config and headers alone.
 
-    Reads no weights. Exits with 1 if this checkpoint cannot be used on the device, which need not be there.
+    Reads no weights. Exits with 1 if this checkpoint cannot be used on the device, which need not be there. With --tp
+    and --ep: what one of so many ranks would hold, what they would tell each other, and what stays whole.
     """
     import qcompile
 
     from .reporting import plan_dict
 
     with chip(device, soc):
-        plan = qcompile.inspect(path, device=device, config=config)
+        plan = qcompile.inspect(path, device=device, config=config, tp=tp, ep=ep)
     print(json.dumps(plan_dict(plan), indent=2) if as_json else plan)
 
 
@@ -217,30 +233,40 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Repeats the same random choices.")] = 0,
     device: Device = "cpu",
+    tp: TensorParallel = 1,
+    ep: ExpertParallel = None,
 ) -> None:
-    """Continue a prompt with a quantized or float model, token by token as they come."""
+    """Continue a prompt with a quantized or float model, token by token as they come.
+
+    On several devices: torchrun --nproc-per-node N -m qcompile generate PATH --prompt TEXT --tp N
+    """
     import torch
     from transformers import TextStreamer
 
     import qcompile
 
     from . import models
+    from .parallel.launch import launched
 
-    model, tokenizer = qcompile.load(path, device=device), models.load_tokenizer(path)
-    if compile:
-        model = torch.compile(model, backend="qcompile")  # type: ignore[assignment]
-    inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-    if inputs.shape[1] == 0:
-        raise ConfigError("the prompt is empty; give at least one word")
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(  # type: ignore[operator]
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        max_new_tokens=max_new_tokens,
-        **sampling,
-    )
+    tokenizer = models.load_tokenizer(path)
+    with launched(tp, ep, device) as (mesh, own_device, is_first):
+        model = qcompile.load(path, device=own_device, mesh=mesh, ep=ep, progress=None if is_first else False)
+        if compile:
+            model = torch.compile(model, backend="qcompile")  # type: ignore[assignment]
+        inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(own_device)
+        if inputs.shape[1] == 0:
+            raise ConfigError("the prompt is empty; give at least one word")
+        torch.manual_seed(seed)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature}
+        model.generate(  # type: ignore[operator]
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True) if is_first else None,
+            max_new_tokens=max_new_tokens,
+            **sampling,
+        )
 
 
 @app.command(name="eval", epilog="Example: [bold]qcompile eval tiny_w4 --reference examples/tiny_lm --json[/]")

@@ -17,6 +17,11 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to run, or to plan for.")]
 Soc = Annotated[str | None, typer.Option(help="Chip to plan for, such as Ascend910B (npu) or sm_80 (cuda).")]
+TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Ranks that divide every layer (see torchrun).")]
+ExpertParallel = Annotated[
+    int | None,
+    typer.Option("--ep", min=1, help="Parts that experts are dealt in (default: as --tp, where that divides them)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists at the output.")]
 

@@ -34,6 +34,10 @@ class UnsupportedError(QcompileError, RuntimeError):
     """The request is well-formed, but this device, kernel or model cannot do it."""
 
 
+class ParallelError(QcompileError, RuntimeError):
+    """The ranks of a mesh do not agree, or one of them is gone."""
+
+
 class PassError(QcompileError, RuntimeError):
     """A pass broke its contract, or a graph holds what it must not hold."""
 

@@ -377,14 +377,25 @@ class Report:
 
 @dataclass
 class State:
-    """What a quantized model carries: its plan, its report, and its rewritten graph (names instead of weights)."""
+    """What a quantized model carries: its plan, its report, and its rewritten graph (names instead of weights).
+
+    ranks: how many divide the model, of which this is the part of one.
+    """
 
     plan: Plan
     report: Report
     graph: torch.fx.GraphModule | None = field(default=None, repr=False)
+    ranks: int = 1
 
     def __deepcopy__(self, memo: dict) -> State:
-        return State(self.plan, self.report, self.graph)  # nothing in it is ever changed, and the graph has no weights
+        return State(
+            self.plan, self.report, self.graph, self.ranks
+        )  # nothing in it is ever changed, and the graph has no weights
 
     def __getstate__(self) -> dict:
-        return {"plan": self.plan, "report": self.report, "graph": None}  # traced again when it is needed
+        return {
+            "plan": self.plan,
+            "report": self.report,
+            "graph": None,
+            "ranks": self.ranks,
+        }  # traced again when it is needed

@@ -96,10 +96,11 @@ ONLY = {  # all that these may import of qcompile
     "ops": {"types", "errors", "numerics", "plugins", "gates", "moe"},
 }
 NEVER = {  # what the plug-ins of one kind must not know of
-    "methods": {"formats", "backends", "passes"},
-    "formats": {"methods", "backends", "passes"},
-    "backends": {"methods", "formats", "passes"},
-    "passes": {"methods", "formats", "backends"},
+    "methods": {"formats", "backends", "passes", "parallel"},
+    "formats": {"methods", "backends", "passes", "parallel"},
+    "backends": {"methods", "formats", "passes", "parallel"},
+    "passes": {"methods", "formats", "backends", "parallel"},
+    "parallel": {"methods", "backends", "passes"},
 }
 
 
