@@ -181,12 +181,12 @@ def _(x, ids, routing, up, up_bias, down, down_bias, activation, transposed, int
 
 def compute_experts(
     x, ids, routing, up, up_bias, up_params, down, down_bias, down_params, schemes, kernels, activation, sizes, dtype,
-    *, seen=None, across=lambda largest: largest,
+    *, seen=None, across=lambda largest: largest, summed=None,
 ):  # fmt: skip
     """What ``qcompile::quant_experts`` computes, in traceable torch code.
 
     seen: is called with (0 or 1, rows, ends) before the product up or down of rows that end where ``ends`` says.
-    across: as for ``moe.run_experts``.
+    across: as for ``moe.run_experts``. summed: the dtype of what ``down`` gives, and of the result; default ``dtype``.
     """
     parsed = [None if scheme == FLOAT else scheme_of(scheme) for scheme in schemes.split("|")]
     experts, hidden, intermediate = sizes
@@ -196,16 +196,18 @@ def compute_experts(
         def multiply(rows, ends):
             if seen is not None:
                 seen(i, rows[0], ends)
-            if parsed[i] is None:
+            scheme = parsed[i]
+            if scheme is None:
                 return grouped_float(rows[0], ends, weight[0], False)
             kernel = find_kernel(kernels.split("|")[i])
-            return kernel.grouped_linear(rows, ends, weight, parsed[i], outputs[i], dtype)
+            made = summed if i and summed and scheme.activation else dtype  # weight-only products give what they take
+            return kernel.grouped_linear(rows, ends, weight, scheme, outputs[i], made)
 
         return multiply
 
     return run_experts(
         x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,
-        (parsed[0], parsed[1]), activation, experts, dtype, across,
+        (parsed[0], parsed[1]), activation, experts, summed or dtype, across,
     )  # fmt: skip
 
 

@@ -88,15 +88,20 @@ class _Product(Linked):
             x = joined(x, link.ranks, link.group)
             x = x if link.chosen is None else x.index_select(-1, link.chosen)
         result = self.local(x)
-        if link.kind == "row":
+        if link.kind == "row":  # rounded once, after the sum, as the product of one rank is
             after: Tensor | None = self.after  # type: ignore[assignment]
-            result = total(result, link.group)
-            return result if after is None else result + after
+            result = total(result.float(), link.group)
+            return (result if after is None else result + after.float()).to(x.dtype)
         return joined(result, link.ranks, link.group) if link.kind == "vocabulary" else result
 
     def local(self, x: Tensor) -> Tensor:
         """What this rank computes of x."""
         raise NotImplementedError
+
+
+def summed_dtype(x: Tensor) -> torch.dtype:
+    """In what products of x are made that the ranks sum: Ascend's operations have no float32 results."""
+    return x.dtype if x.device.type == "npu" else torch.float32
 
 
 class LinkedLinear(_Product):
@@ -116,10 +121,11 @@ class LinkedQuantLinear(_Product):
         activation = module.scheme.activation
         if activation is None:
             return module.product([x], x.dtype)
+        dtype = summed_dtype(x) if self.link.kind == "row" else x.dtype
         if self.link.kind != "row" or not activation.dynamic or activation.group_size is not None:
-            return module.product(torch.ops.qcompile.quantize(x, module.params(), str(activation)), x.dtype)
+            return module.product(torch.ops.qcompile.quantize(x, module.params(), str(activation)), dtype)
         across = functools.partial(largest, group=self.link.group)
-        return module.product(numerics.quantize_activation(x, activation, module.params(), across), x.dtype)
+        return module.product(numerics.quantize_activation(x, activation, module.params(), across), dtype)
 
 
 class LinkedEmbedding(Linked):
@@ -144,8 +150,9 @@ class LinkedExperts(Linked):
         mine = (ids >= 0) & (ids < held)
         ids, routing = torch.where(mine, ids, held), torch.where(mine, routing, 0)
         across = functools.partial(largest, group=link.narrow)
-        result = ops.compute_experts(module.shared_input(x), ids, routing, *module.projections(x.dtype), across=across)
-        return total(result, link.group).view(hidden_states.shape)
+        arguments = (module.shared_input(x), ids, routing, *module.projections(x.dtype))
+        result = ops.compute_experts(*arguments, across=across, summed=summed_dtype(x))
+        return total(result, link.group).to(x.dtype).view(hidden_states.shape)
 
 
 class ExchangedExperts(Linked):
