@@ -93,7 +93,8 @@ def family(mesh, name: str, scheme: str, ep: str = "") -> dict:
         sites = tuple(PlannedSite(s, None, "float", bytes_after=s.float_bytes) for s in traced.sites)
         plan = Plan("cpu", sites)
     else:
-        qcompile.quantize(model, scheme, data=IDS.repeat(2, 2) if "static" in scheme else None, rare_experts="rtn")
+        needs_data = "static" in scheme or "clip" in scheme
+        qcompile.quantize(model, scheme, data=IDS.repeat(2, 2) if needs_data else None, rare_experts="rtn")
         plan = qcompile.report(model).plan
     wanted, backend = logits(model), find_backend("cpu")
     sharding = shard(plan, traced, model, backend, mesh.size(), int(ep) if ep else None)
@@ -161,7 +162,7 @@ CASES = {f.__name__: f for f in (checkpoint, family, calibrated, copies, compile
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for case in sys.argv[1:]:
         name, *arguments = case.split("|")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def run(folder: Path, ranks: int, *cases: str, **settings: str) -> dict[str, lis
     """What every rank found, by case."""
     process = torchrun(ranks, str(HERE / "parallel_cases.py"), *cases, FOUND=str(folder), **settings)
     try:
-        _, errors = process.communicate(timeout=500)
+        _, errors = process.communicate(timeout=1500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -119,8 +120,8 @@ def test_four_ranks(tmp_path):
 
 FAMILIES = (
     "qwen3|float", "qwen3|w8a8_asym", "qwen3|wfp8afp8", "qwen2|w8a8", "phi3|w4a16_g32", "glm4|w8a8",
-    "gemma3_text|w4a16_g32", "qwen3_moe|float", "qwen3_moe|w8a8_static|1", "gpt_oss|w4a16_g32", "gpt_oss|w8a8|1",
-    "deepseek_v3|w8a8", "llama4_text|w4a16_g32", "mixtral|w8a8|1",
+    "gemma3_text|w4a16_g32", "qwen3_moe|float", "qwen3_moe|w8a8_static|1", "qwen3_moe|w4a8_clip|1", "gpt_oss|w4a16_g32",
+    "gpt_oss|w8a8|1", "deepseek_v3|w8a8", "llama4_text|w4a16_g32", "mixtral|w8a8|1",
 )  # fmt: skip
 
 
@@ -222,3 +223,33 @@ def test_a_rank_that_dies_is_named(tmp_path):
     assert process.returncode != 0
     assert "exitcode: 9" in errors or "exitcode  : 9" in errors
     assert time.monotonic() - started < 190
+
+
+LOSES_A_RANK = """
+import os, torch, torch.distributed as dist
+from qcompile.parallel.launch import launched
+with launched(2, None, "cpu") as (mesh, device, is_first):
+    dist.barrier()
+    if not is_first:
+        os._exit(9)
+    dist.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+def test_survivors_name_the_rank_without_a_launcher(tmp_path):
+    """As on other nodes, where no agent of torchrun ends them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "QCOMPILE_TIMEOUT": "60"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOSES_A_RANK], text=True, stderr=subprocess.PIPE, cwd=tmp_path,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    _, errors = processes[0].communicate(timeout=150)
+    processes[1].wait(timeout=60)
+    assert "ParallelError: rank 0 of 2 cannot go on, since rank 1 is gone" in errors

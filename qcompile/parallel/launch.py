@@ -39,7 +39,12 @@ def launched(tp: int, ep: int | None, device: str) -> Iterator[tuple[Any, str, b
     if kind != "cpu":
         getattr(torch, kind).set_device(own)
     seconds = float(os.environ.get(_TIMEOUT, "300"))
-    dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=seconds))
+    try:
+        dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        which = f"rank {os.environ.get('RANK')} of {ranks}"
+        first = str(error).splitlines()[0][:200]
+        raise ParallelError(f"{which} waited {seconds:.0f} seconds for ranks that did not come: {first}") from error
     try:
         shape, names = ((ranks,), ("tp",)) if ranks == tp else ((ranks // tp, tp), ("copies", "tp"))
         mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
