@@ -52,9 +52,9 @@ Groups = Ends | Counts
 
 
 def owners(groups: Groups, rows: int) -> Tensor:
-    """The expert of each row, int64 [rows]; of rows that belong to nobody the last one."""
+    """The expert of each row, int64 [rows]."""
     ends = groups.ends().values
-    return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True).clamp(max=len(ends) - 1)
+    return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, groups: Groups, dtype: torch.dtype, **lists: Tensor | None) -> Tensor:
