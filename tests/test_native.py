@@ -418,9 +418,19 @@ def test_experts_apply_their_own_permutation(name):
 @built
 def test_experts_whose_ends_do_not_fit_the_rows_are_an_error():
     packed, _ = weight_of(Scheme.parse("w4a16_g32"), 2, 64, 64, dtype=torch.float32)
-    for counts in ([1, 1], [3, 1], [4, -1]):
+    for counts in ([3, 1], [4, -1]):
         with pytest.raises(RuntimeError, match="ends"):
             grouped(packed, [torch.randn(3, 64)], counts, torch.float32)
+
+
+@built
+def test_rows_behind_the_last_end_belong_to_nobody():
+    """They are those of experts that another rank has."""
+    packed, exact = weight_of(Scheme.parse("w4a16_g32"), 2, 64, 64, dtype=torch.float32)
+    x = torch.randn(5, 64)
+    found = grouped(packed, [x], [1, 2], torch.float32)
+    assert found.shape == (5, 64)
+    assert_grouped(found[:3], x[:3].double(), exact, [1, 2])
 
 
 # -------------------------------------------------------------------------------------------------------- the op itself
