@@ -72,6 +72,14 @@ def checkpoint(mesh, path: str, ep: str = "") -> dict:
     }
 
 
+def stored(mesh, path: str, name: str, ep: str = "") -> dict:
+    """A float checkpoint of transformers, whose experts are stored one by one, in parts of what a model holds."""
+    if dist.get_rank() == 0:
+        model_of(name).save_pretrained(path)
+    dist.barrier()
+    return checkpoint(mesh, path, ep)
+
+
 def generated(model):
     return model.generate(IDS[:1, :8], max_new_tokens=6, do_sample=False)
 
@@ -157,7 +165,7 @@ def lost(mesh, path: str) -> dict:
     return {}
 
 
-CASES = {f.__name__: f for f in (checkpoint, family, calibrated, copies, compiled, refused, lost)}
+CASES = {f.__name__: f for f in (checkpoint, stored, family, calibrated, copies, compiled, refused, lost)}
 
 
 def main() -> None:

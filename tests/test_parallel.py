@@ -135,6 +135,15 @@ def test_families(tmp_path):
 
 
 @pytest.mark.slow
+def test_float_experts_are_read_in_parts(tmp_path):
+    cases = [f"stored|{tmp_path}/{name}{ep}|{name}|{ep}" for name in ("gpt_oss", "mixtral") for ep in (1, 2)]
+    found = run(tmp_path, 2, *cases)
+    check(found)
+    for case, ranks in found.items():
+        assert sum(rank["read"] for rank in ranks) < 1.05 * ranks[0]["size"], case
+
+
+@pytest.mark.slow
 def test_calibration_is_divided_and_has_the_same_result(tmp_path):
     cases = (
         "calibrated|qwen3|gptq|w4a16_g32",

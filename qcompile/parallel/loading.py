@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import parts
 from ..errors import ConfigError
 from ..experts import ExpertsLayout
-from ..float_experts import slots
+from ..float_experts import fuse, slots
+from ..modules import QuantExperts
 from ..skeleton import Slot
 from ..survey import Survey
 from ..trace import is_language_model, trace
@@ -76,6 +77,8 @@ class DividedSurvey(Survey):
                 module.out_features, module.in_features = module.weight.shape
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings = module.weight.shape[0]
+        made = [e for e in self.layouts if not isinstance(self.model.get_submodule(e.name), QuantExperts)]
+        fuse(self.model, made)  # float ones, too: only that form takes part
         link(self.model, self.sharding, self.ranks, self._chosen)
         return results
 
