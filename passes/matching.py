@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-_NAMESPACES = ("aten", "prims")
+from ..labels import op
+
 _CASTS = ("convert_element_type", "_to_copy", "to")
 RESHAPES = ("view", "reshape", "_unsafe_view")
-
-
-def op(node: Any) -> str:
-    """Name of the ATen or prims operation that ``node`` calls, "" for anything else."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return ""
-    namespace, _, name = getattr(node.target, "_name", "").partition("::")
-    return name.partition(".")[0] if namespace in _NAMESPACES else ""
 
 
 def value(node: Node) -> Any:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from ..labels import hinted, moved, op
 from ..sites import plain_name
 from .base import described
-from .matching import op
 
 _LAYOUT = {
     "view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "clone", "expand", "slice", "select",
@@ -188,15 +187,8 @@ def _leads_to_linear(node: Node) -> bool:
 
 def _labels(node: Node) -> Tensor:
     """The number of its channel in place of each value of ``node``."""
-    shape = [_number(size) for size in node.meta["val"].shape]
+    shape = hinted(node.meta["val"].shape)
     return torch.arange(shape[-1]).expand(shape)
-
-
-def _number(size: Any) -> Any:
-    """What a size was when the graph was traced."""
-    if isinstance(size, Node):
-        size = size.meta["val"]
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _send(labels: Any, way: list[Node]) -> Tensor | None:
@@ -213,10 +205,8 @@ def _step(labels: Any, node: Node) -> Any:
     if name in _IDENTITY:
         return labels
     if name in _LAYOUT or node.target is operator.getitem:
-        args, kwargs = pytree.tree_map(_number, (list(node.args[1:]), dict(node.kwargs)), is_leaf=_is_leaf)
-        kwargs.pop("memory_format", None)
-        return node.target(labels, *args, **kwargs)  # type: ignore[operator]
-    shape = [_number(size) for size in node.meta["val"].shape]
+        return moved(labels, node)
+    shape = hinted(node.meta["val"].shape)
     if name in ("mul", "add"):
         return labels.expand(shape)
     if name in ("scaled_dot_product_attention", "matmul"):
@@ -227,10 +217,6 @@ def _step(labels: Any, node: Node) -> Any:
             tokens = tokens.repeat_interleave(shape[1] // tokens.shape[1], 1)
         return tokens.expand(shape)
     return None
-
-
-def _is_leaf(item: Any) -> bool:
-    return isinstance(item, Node)
 
 
 def _other_reader(way: list[Node], labels: Tensor, used: set[int]) -> Node | None:

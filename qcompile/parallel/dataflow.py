@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from ..labels import hint, hinted, moved, op
 from ..sites import is_experts, plain_name
 
 LAYOUT = {
@@ -87,13 +88,13 @@ class _Follower:
                 flow.columns[name], flow.rows[name] = flow.count, rows
                 flow.count += rows
         for node in self.nodes:
-            if node.op != "call_function" or op_name(node) in _SILENT:
+            if node.op != "call_function" or op(node) in _SILENT:
                 continue
             if (given := self._step(node)) is not None:
                 self.numbers[node] = given
                 if isinstance(given, Tensor):
                     flow.values[node.name] = given
-                if any(user not in self.inside and op_name(user) not in _SILENT for user in node.users):
+                if any(user not in self.inside and op(user) not in _SILENT for user in node.users):
                     self._tie_all([given], f"no Linear in its block sums what it makes ({node.name} leaves it)")
         for name in [name for name in flow.columns if name in flow.inputs]:
             del flow.columns[name], flow.rows[name]  # it ends a way: its rows never had numbers
@@ -108,11 +109,12 @@ class _Follower:
             return self._linear(node)
         if not read:
             return None
-        name = op_name(node)
+        name = op(node)
         if name in SAME:
             return read[0]
         if name in LAYOUT or node.target is operator.getitem:
-            return self._moved(node)
+            source: Any = node.args[0]
+            return moved(self.numbers[source], node)
         if name == "expand":
             return self._expanded(node)
         if name in ("cat", "stack"):
@@ -163,27 +165,18 @@ class _Follower:
         own = torch.arange(self.flow.rows[name]) + self.flow.columns[name]
         return own.expand(hinted(node.meta["val"].shape)).contiguous()
 
-    def _moved(self, node: Node) -> Any:
-        args, kwargs = pytree.tree_map(
-            hint, (list(node.args[1:]), dict(node.kwargs)), is_leaf=lambda item: isinstance(item, Node)
-        )
-        kwargs.pop("memory_format", None)
-        source: Any = node.args[0]
-        return node.target(self.numbers[source], *args, **kwargs)  # type: ignore[operator]
-
     def _written(self, node: Node) -> Tensor:
         """Numbers of a copy into a part of a tensor; those of the tensor change with it, as views share memory."""
         way: list[Node] = []
         root: Any = node.args[0]
-        while op_name(root) in ("slice", "select", "view", "unsqueeze", "transpose"):
+        while op(root) in ("slice", "select", "view", "unsqueeze", "transpose"):
             way.append(root)
             root = root.args[0]
         if root not in self.numbers:
             self.numbers[root] = torch.full(hinted(root.meta["val"].shape), FREE)
         part = self.numbers[root]
         for step in reversed(way):
-            sizes = pytree.tree_map(hint, list(step.args[1:]), is_leaf=lambda item: isinstance(item, Node))
-            part = step.target(part, *sizes)  # type: ignore[operator]
+            part = moved(part, step)
         part.copy_(self._known(node.args[1]))
         self.flow.values[root.name] = self.numbers[root]
         return part
@@ -342,28 +335,10 @@ def units(flow: Flow, copies: int = 1) -> Tensor:
         unit = after
 
 
-def op_name(node: Any) -> str:
-    if not isinstance(node, Node) or node.op != "call_function":
-        return ""
-    name = getattr(node.target, "_name", "")
-    return name.removeprefix("aten::").partition(".")[0] if name.startswith("aten::") else ""
-
-
 def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or op_name(node) in ("masked_fill", "where")
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or op(node) in ("masked_fill", "where")
 
 
 def _keeps(node: Node) -> bool:
     """Whether a reduction keeps its dimension."""
     return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-
-
-def hint(item: Any) -> Any:
-    if isinstance(item, Node):
-        item = item.meta["val"]
-    return item.node.hint if isinstance(item, torch.SymInt) else item
-
-
-def hinted(shape: Sequence[Any]) -> list[int]:
-    """A shape as it was when the graph was traced."""
-    return [hint(size) for size in shape]

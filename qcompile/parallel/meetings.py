@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from ..labels import hinted, moved, op
 from ..sites import plain_name
-from .dataflow import FREE, LAYOUT, SAME, hint, hinted, op_name
+from .dataflow import FREE, LAYOUT, SAME
 
 
 def is_ragged(numbers: Tensor, ranks: Tensor, count: int) -> bool:
@@ -72,7 +72,7 @@ def _parameter_dim(node: Node, dim: int) -> tuple[str, int, Tensor] | None:
     """(parameter, dimension, index in it of each index of ``dim``) if ``node`` is a reshaped parameter."""
     way: list[Node] = []
     source = node
-    while source.op == "call_function" and op_name(source) in LAYOUT | SAME | {"expand"}:
+    while source.op == "call_function" and op(source) in LAYOUT | SAME | {"expand"}:
         way.append(source)
         source = source.args[0]  # type: ignore[assignment]
     if source.op != "get_attr":
@@ -81,10 +81,9 @@ def _parameter_dim(node: Node, dim: int) -> tuple[str, int, Tensor] | None:
     for own, size in enumerate(shape):
         labels = torch.arange(size).view(-1, *[1] * (len(shape) - own - 1)).expand(shape).contiguous()
         for step in reversed(way):
-            if op_name(step) in SAME:
+            if op(step) in SAME:
                 continue
-            sizes = pytree.tree_map(hint, list(step.args[1:]), is_leaf=lambda item: isinstance(item, Node))
-            labels = step.target(labels, *sizes)  # type: ignore[operator]
+            labels = moved(labels, step)
         line = labels.movedim(dim, 0).reshape(labels.shape[dim], -1)
         if torch.equal(line, line[:, :1].expand_as(line)) and len(set(line[:, 0].tolist())) > 1:
             return plain_name(str(source.target)), own, line[:, 0]
