@@ -23,8 +23,8 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns order int64 [tokens * k]: the pair at each sorted place; owner int64 [tokens * k]: its expert; and ends
     int32 [experts]: where the rows of each expert end. The id ``experts`` is that of an expert which another rank has:
-    such rows come last, belong to nobody, and must have a routing weight of 0. Any other id that is not in 0 .. experts
-    - 1 makes the result of its token undefined. (Set ``QCOMPILE_DEBUG=1`` to have eager calls check them.)
+    such rows come last and belong to nobody. Any other id that is not in 0 .. experts - 1 makes the result of its token
+    undefined. (Set ``QCOMPILE_DEBUG=1`` to have eager calls check them.)
     """
     owner, order = torch.sort(ids.reshape(-1), stable=True)
     every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
@@ -32,15 +32,11 @@ def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def combine(rows: Tensor, order: Tensor, routing: Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32.
-
-    Rows of weight 0 take no part, whatever they hold.
-    """
+    """Undo the sort and sum each token's experts, weighted: [tokens * k, hidden] -> [tokens, hidden]; in float32."""
     tokens, k = routing.shape
     place = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     results = rows.index_select(0, place).view(tokens, k, rows.shape[-1])
-    weights = routing.float()[..., None]
-    return torch.where(weights == 0, 0, results.float() * weights).sum(1).to(dtype)
+    return (results.float() * routing.float()[..., None]).sum(1).to(dtype)
 
 
 def run_float_experts(
@@ -125,16 +121,19 @@ def run_experts(
     experts: int,
     dtype: torch.dtype,
     across: Callable[[Tensor], Tensor] = lambda largest: largest,
+    is_part: bool = False,
 ) -> Tensor:
     """The experts of one layer: x [tokens, hidden] -> [tokens, hidden] in ``dtype``.
 
     x is [float] or, quantized per token already, [codes, scale] or [codes, scale, zero]. Each row goes through
     ``down(act(up(x)))`` of its expert. What a product reads is quantized as its scheme (up, down) says, with the static
     scale or the clip of the row's own expert, from params [experts] each. Biases: [experts, out]. across: as for
-    ``numerics.quantize_activation``, where ``down`` has a part of the columns.
+    ``numerics.quantize_activation``, where ``down`` has a part of the columns. is_part: whether ids may be ``experts``;
+    such rows add nothing.
     """
     order, owner, ends = route(ids, experts)
-    owner = owner.clamp(max=experts - 1)
+    foreign = owner == experts if is_part else None
+    owner = owner.clamp(max=experts - 1) if is_part else owner
     token = order // ids.shape[1]
     rows = [part.index_select(0, token) for part in x]
     if len(rows) == 1:
@@ -145,6 +144,8 @@ def run_experts(
     result = down(_quantized(gated(hidden, activation), owner, down_params, schemes[1], across), ends)
     if down_bias is not None:
         result = result + down_bias.index_select(0, owner)
+    if foreign is not None:  # no product wrote these rows
+        result = torch.where(foreign[:, None], 0, result)
     return combine(result, order, routing, dtype)
 
 

@@ -186,7 +186,8 @@ def compute_experts(
     """What ``qcompile::quant_experts`` computes, in traceable torch code.
 
     seen: is called with (0 or 1, rows, ends) before the product up or down of rows that end where ``ends`` says.
-    across: as for ``moe.run_experts``. summed: the dtype of what ``down`` gives, and of the result; default ``dtype``.
+    across: as for ``moe.run_experts``. summed: of a part of the experts, whose results ranks will sum, the dtype of
+    what ``down`` gives, and of the result.
     """
     parsed = [None if scheme == FLOAT else scheme_of(scheme) for scheme in schemes.split("|")]
     experts, hidden, intermediate = sizes
@@ -207,7 +208,7 @@ def compute_experts(
 
     return run_experts(
         x, ids, routing, product(0, up), up_bias, up_params, product(1, down), down_bias, down_params,
-        (parsed[0], parsed[1]), activation, experts, summed or dtype, across,
+        (parsed[0], parsed[1]), activation, experts, summed or dtype, across, summed is not None,
     )  # fmt: skip
 
 

@@ -148,9 +148,8 @@ class LinkedExperts(Linked):
         x = hidden_states.reshape(-1, module.up.in_features)
         ids, routing = top_k_index.reshape(-1, k) - link.first, top_k_weights.reshape(-1, k)
         mine = (ids >= 0) & (ids < held)
-        ids, routing = torch.where(mine, ids, held), torch.where(mine, routing, 0)
         across = functools.partial(largest, group=link.narrow)
-        arguments = (module.shared_input(x), ids, routing, *module.projections(x.dtype))
+        arguments = (module.shared_input(x), torch.where(mine, ids, held), routing, *module.projections(x.dtype))
         result = ops.compute_experts(*arguments, across=across, summed=summed_dtype(x))
         return total(result, link.group).to(x.dtype).view(hidden_states.shape)
 
