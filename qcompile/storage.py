@@ -91,11 +91,8 @@ class Folder:
             return (tensor if index is None else tensor[index]).clone(memory_format=torch.contiguous_format)
         if not size:
             return torch.empty(shape, dtype=dtype)
-        file = self._file(header.file)
         data = torch.empty(size, dtype=torch.uint8)  # a bytearray would be filled with zeros first
-        file.seek(self._offsets[name] + (index or 0) * size)
-        if file.readinto(data.numpy().data) != size:  # type: ignore[attr-defined]
-            raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
+        self._read_into(data.numpy().data, name, (index or 0) * size)
         return data.view(dtype).view(shape)
 
     def read_slice(self, name: str, cuts: Sequence[Sequence[tuple[int, int]] | None]) -> Tensor:
@@ -111,20 +108,23 @@ class Folder:
         shape = [sum(stop - start for start, stop in runs) for runs in every]
         dtype = DTYPES[header.dtype]
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        view, place, file = data.numpy().data, 0, self._file(header.file)
+        view, place = data.numpy().data, 0
         for first, count in _extents(header.shape, every):
             size = count * dtype.itemsize
-            file.seek(self._offsets[name] + first * dtype.itemsize)
-            if file.readinto(view[place : place + size]) != size:  # type: ignore[attr-defined]
-                raise FormatError(f"{self.path / header.file} ends within {name}: the file was cut while it was read")
+            self._read_into(view[place : place + size], name, first * dtype.itemsize)
             place += size
         self.bytes_read += place
         return data.view(dtype).view(shape)
 
-    def _file(self, name: str) -> BinaryIO:
-        if name not in self._open:
-            self._open[name] = (self.path / name).open("rb")
-        return self._open[name]
+    def _read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill ``memory`` with the bytes of a tensor from ``start`` on."""
+        where = self.headers[name].file
+        if where not in self._open:
+            self._open[where] = (self.path / where).open("rb")
+        file = self._open[where]
+        file.seek(self._offsets[name] + start)
+        if file.readinto(memory) != len(memory):  # type: ignore[attr-defined]
+            raise FormatError(f"{self.path / where} ends within {name}: the file was cut while it was read")
 
     def _add(self, file: str, expected: set[str] | None) -> None:
         path = self.path / file
