@@ -388,14 +388,9 @@ class State:
     ranks: int = 1
 
     def __deepcopy__(self, memo: dict) -> State:
-        return State(
-            self.plan, self.report, self.graph, self.ranks
-        )  # nothing in it is ever changed, and the graph has no weights
+        # nothing in it is ever changed, and the graph has no weights
+        return State(self.plan, self.report, self.graph, self.ranks)
 
     def __getstate__(self) -> dict:
-        return {
-            "plan": self.plan,
-            "report": self.report,
-            "graph": None,
-            "ranks": self.ranks,
-        }  # traced again when it is needed
+        # the graph is traced again when it is needed
+        return {"plan": self.plan, "report": self.report, "graph": None, "ranks": self.ranks}

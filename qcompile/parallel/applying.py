@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..experts import ExpertsLayout
 from ..float_experts import fuse
 from ..memory import return_memory
 from ..modules import FloatWeight, QuantExperts, QuantLinear, QuantWeight, module_of, replace_module
@@ -22,9 +23,7 @@ from .slices import cut, cut_experts, inputs_of, take
 @torch.no_grad()
 def divide(model: nn.Module, plan: Plan, sharding: Sharding, ranks: Ranks) -> None:
     """Leave of a whole model, in place, what one rank holds; plan: the rank's own (``sharding.local_plan``)."""
-    layouts = {layout.name: layout for layout in sharding.layouts.values()}
-    held = {name for name, module in model.named_modules() if isinstance(module, QuantExperts)}
-    fuse(model, [layout for name, layout in layouts.items() if name not in held])
+    fuse_all(model, sharding.layers)
     chosen: dict[str, Tensor] = {}
     for planned in plan:
         name, share = planned.site.name, sharding.sites[planned.site.name]
@@ -46,6 +45,11 @@ def divide(model: nn.Module, plan: Plan, sharding: Sharding, ranks: Ranks) -> No
         return_memory()
     divide_tensors(model, sharding, ranks.tensor)
     link(model, sharding, ranks, chosen)
+
+
+def fuse_all(model: nn.Module, layouts: Iterable[ExpertsLayout]) -> None:
+    """Fuse experts that are not, float ones too: only that form takes part."""
+    fuse(model, [own for own in layouts if not isinstance(model.get_submodule(own.name), QuantExperts)])
 
 
 def row_and_column_runs(share: Share, rank: int) -> tuple[Runs | None, Runs | None]:
@@ -133,7 +137,7 @@ def link(model: nn.Module, sharding: Sharding, ranks: Ranks, chosen: Mapping[str
     chosen: of ordered rows, the input features that this rank's columns read.
     """
     for name, share in sharding.sites.items():
-        if share.kind == "whole" or share.kind == "experts" or share.kind == "column":
+        if share.kind in ("whole", "experts", "column"):
             continue
         attach(
             model.get_submodule(name),
@@ -143,7 +147,7 @@ def link(model: nn.Module, sharding: Sharding, ranks: Ranks, chosen: Mapping[str
         owner = model.get_submodule(name.rpartition(".")[0])
         if share.kind == "vocabulary" and isinstance(owner, nn.Embedding):
             attach(owner, Link("vocabulary", sharding.tp, ranks.group, start=share.runs(ranks.tensor)[0][0]))
-    for layout in {layout.name: layout for layout in sharding.layouts.values()}.values():
+    for layout in sharding.layers:
         first = sharding.experts(layout, ranks.rank)[0]
         own = Link("experts", sharding.tp, ranks.group, first=first, narrow=ranks.narrow)
         if sharding.ep > sharding.tp:

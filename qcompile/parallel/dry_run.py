@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import shortened
 from ..types import Plan
 from .loading import DividedSurvey
-from .sharding import local_plan
 from .shares import Sharding
 
 
@@ -27,8 +26,8 @@ def plan_of_a_rank(*checkpoint: Any, tp: int, ep: int | None) -> Plan:
     """The plan of the first rank; notes tell the bytes of all, what they tell each other, and what stays whole."""
     survey = DividedSurvey(*checkpoint, tp=tp, ep=ep)
     whole, sharding = survey.whole_plan, survey.sharding
-    plans = [local_plan(whole, sharding, survey.backend, rank) for rank in range(sharding.ranks)]
-    totals = [plan.bytes_after - survey.saved_bytes() for plan in plans]
+    plans = [survey.plan_of(rank) for rank in range(sharding.ranks)]
+    totals = [plan.bytes_after for plan in plans]
     notes = [
         f"{sharding.ranks} ranks (tp={sharding.tp}, ep={sharding.ep}) hold {_sized(min(totals))}"
         + (f" to {_sized(max(totals))}" if max(totals) > min(totals) else "")
@@ -38,8 +37,7 @@ def plan_of_a_rank(*checkpoint: Any, tp: int, ep: int | None) -> Plan:
         total = talk.calls * talk.nbytes
         notes.append(f"per token: {talk.calls} x {talk.kind} of {_sized(talk.nbytes)} ({talk.what}), {_sized(total)}")
     notes += _undivided(whole, sharding)
-    other = whole.other_bytes - survey.saved_bytes()
-    return dataclasses.replace(plans[0], notes=(*plans[0].notes, *notes), other_bytes=other)
+    return dataclasses.replace(plans[0], notes=(*plans[0].notes, *notes))
 
 
 def talks(whole: Plan, sharding: Sharding, survey: DividedSurvey) -> list[Talk]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -29,22 +30,23 @@ class Kinds:
             described = (suffix, own.site.shape, str(own.scheme), own.site.name in permuted)
             planned.setdefault(block_name(own.site.name), []).append(described)
         self.first: dict[str, str] = {}  # of every block, the one of the copy that stands for it
-        self.old: dict[str, str] = {}  # of every block of the copy, the one that it was
+        new: dict[str, str] = {}  # of the blocks that the copy keeps, their names in it
         for name, blocks in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]:
             if not len(blocks) or block_name(f"{name}.0") != f"{name}.0":
                 continue
             kinds: dict[tuple, int] = {}
+            kept: list[int] = []
             for index, block in enumerate(blocks):
                 tensors = tuple((n, t.shape, t.dtype) for n, t in [*block.named_parameters(), *block.named_buffers()])
                 kind = (type(block), tensors, tuple(planned.get(f"{name}.{index}", ())))
-                place = kinds.setdefault(kind, len(kinds))
-                self.first[f"{name}.{index}"] = f"{name}.{place}"
-                self.old.setdefault(f"{name}.{place}", f"{name}.{index}")
-            held = self.model.get_submodule(name)
-            kept = [held[int(self.old[f"{name}.{place}"].rpartition(".")[2])] for place in range(len(kinds))]  # type: ignore[index]
+                if kind not in kinds:
+                    new[f"{name}.{index}"] = f"{name}.{len(kept)}"
+                    kinds[kind] = len(kept)
+                    kept.append(index)
+                self.first[f"{name}.{index}"] = f"{name}.{kinds[kind]}"
             owner, _, leaf = name.rpartition(".")
-            self.model.get_submodule(owner).add_module(leaf, nn.ModuleList(kept))
-        new = {old: name for name, old in self.old.items()}
+            held: Any = self.model.get_submodule(name)
+            self.model.get_submodule(owner).add_module(leaf, nn.ModuleList(held[index] for index in kept))
         sites = [
             dataclasses.replace(own, site=dataclasses.replace(own.site, name=_moved(own.site.name, new)))
             for own in plan

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from .. import parts
 from ..errors import ConfigError
 from ..experts import ExpertsLayout
-from ..float_experts import fuse, slots
-from ..modules import QuantExperts
+from ..float_experts import slots
 from ..skeleton import Slot
 from ..survey import Survey
 from ..trace import is_language_model, trace
-from ..types import PackedWeight, PlannedSite, SiteResult
-from .applying import expert_runs, link, row_and_column_runs
+from ..types import PackedWeight, Plan, PlannedSite, SiteResult
+from .applying import expert_runs, fuse_all, link, row_and_column_runs
 from .collectives import total
 from .kinds import Kinds
 from .ranks import Ranks
@@ -58,8 +57,7 @@ class DividedSurvey(Survey):
     def hold(self, ranks: Ranks) -> None:
         """Be about the part of one rank from now on."""
         self.ranks = ranks
-        own = local_plan(self.whole_plan, self.sharding, self.backend, ranks.rank)
-        self.plan = dataclasses.replace(own, other_bytes=own.other_bytes - self.saved_bytes())
+        self.plan = self.plan_of(ranks.rank)
         self._whole = {planned.site.name: planned for planned in self.whole_plan}
         self._chosen: dict[str, Tensor] = {}
         self._cuts = dict(self._found_cuts())
@@ -67,7 +65,7 @@ class DividedSurvey(Survey):
             self._drop_foreign(layout)
         held = {id(module) for module in self.model.modules()}
         self.slots = [slot for slot in self.slots if any(id(module) in held for module, _ in slot.places)]
-        self.layouts = tuple(dataclasses.replace(e, experts=length((self._experts(e),))) for e in self.layouts)
+        self.layouts = tuple(dataclasses.replace(e, experts=e.experts // self.sharding.ep) for e in self.layouts)
 
     def load(self, progress: bool | None) -> tuple[SiteResult, ...]:
         """Fill the model with the part of this rank, and have it take part."""
@@ -77,12 +75,16 @@ class DividedSurvey(Survey):
                 module.out_features, module.in_features = module.weight.shape
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings = module.weight.shape[0]
-        made = [e for e in self.layouts if not isinstance(self.model.get_submodule(e.name), QuantExperts)]
-        fuse(self.model, made)  # float ones, too: only that form takes part
+        fuse_all(self.model, self.layouts)
         link(self.model, self.sharding, self.ranks, self._chosen)
         return results
 
-    def saved_bytes(self) -> int:
+    def plan_of(self, rank: int) -> Plan:
+        """What one rank holds of the plan."""
+        own = local_plan(self.whole_plan, self.sharding, self.backend, rank)
+        return dataclasses.replace(own, other_bytes=own.other_bytes - self._saved_bytes())
+
+    def _saved_bytes(self) -> int:
         """Bytes of embeddings and other parameters, beside the sites, that one rank does without."""
         saved, seen = 0, set()
         for name, share in self.sharding.tensors.items():

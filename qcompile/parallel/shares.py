@@ -62,6 +62,11 @@ class Sharding:
     layouts: Mapping[str, ExpertsLayout] = field(default_factory=dict)
 
     @property
+    def layers(self) -> tuple[ExpertsLayout, ...]:
+        """The experts of every layer; ``layouts`` has them by the names of their sites."""
+        return tuple({layout.name: layout for layout in self.layouts.values()}.values())
+
+    @property
     def ranks(self) -> int:
         """How many ranks there are."""
         return max(self.tp, self.ep)
