@@ -100,14 +100,19 @@ def deepseek_v3(path: Path) -> Path:
 
 
 def qwen3_235b(path: Path) -> Path:
-    """Qwen3-235B-A22B in AWQ, groups of 128: 94 layers, 128 experts, 4 key/value heads."""
+    """Qwen3-235B-A22B in AWQ: 94 layers, 128 experts."""
+    return qwen3_moe(path, layers=94, experts=128, hidden=4096, intermediate=1536, heads=64, files=40)
+
+
+def qwen3_moe(path: Path, layers: int, experts: int, hidden: int, intermediate: int, heads: int, files: int) -> Path:
+    """A mixture of experts of Qwen3 in AWQ, groups of 128: 4 key/value heads, 8 experts per token."""
     from transformers import Qwen3MoeConfig
 
-    hidden, size, group = 4096, 1536, 128
+    group, head = 128, 128
     config = Qwen3MoeConfig(
-        hidden_size=hidden, moe_intermediate_size=size, intermediate_size=12288, num_hidden_layers=94,
-        num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        vocab_size=151936, tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"], dtype="float16",
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=4, head_dim=head, num_experts=experts, num_experts_per_tok=8, vocab_size=151936,
+        tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"], dtype="float16",
     )  # fmt: skip
     found: dict[str, tuple[str, list[int]]] = {}
 
@@ -116,19 +121,20 @@ def qwen3_235b(path: Path) -> Path:
         found[f"{name}.qzeros"] = ("I32", [inn // group, out // 8])
         found[f"{name}.scales"] = ("F16", [inn // group, out])
 
-    for i in range(94):
+    wide, narrow = heads * head, 4 * head
+    for i in range(layers):
         layer = f"model.layers.{i}"
-        for name, out, inn in (("q", 8192, hidden), ("k", 512, hidden), ("v", 512, hidden), ("o", hidden, 8192)):
+        for name, out, inn in (("q", wide, hidden), ("k", narrow, hidden), ("v", narrow, hidden), ("o", hidden, wide)):
             linear(f"{layer}.self_attn.{name}_proj", out, inn)
-        for name, length in (("self_attn.q_norm", 128), ("self_attn.k_norm", 128), ("input_layernorm", hidden)):
-            found[f"{layer}.{name}.weight"] = ("F16", [length])
+        for name, size in (("self_attn.q_norm", head), ("self_attn.k_norm", head), ("input_layernorm", hidden)):
+            found[f"{layer}.{name}.weight"] = ("F16", [size])
         found[f"{layer}.post_attention_layernorm.weight"] = ("F16", [hidden])
-        found[f"{layer}.mlp.gate.weight"] = ("F16", [128, hidden])
-        for expert in range(128):
+        found[f"{layer}.mlp.gate.weight"] = ("F16", [experts, hidden])
+        for expert in range(experts):
             for name in ("gate_proj", "up_proj"):
-                linear(f"{layer}.mlp.experts.{expert}.{name}", size, hidden)
-            linear(f"{layer}.mlp.experts.{expert}.down_proj", hidden, size)
+                linear(f"{layer}.mlp.experts.{expert}.{name}", intermediate, hidden)
+            linear(f"{layer}.mlp.experts.{expert}.down_proj", hidden, intermediate)
     found |= {f"{name}.weight": ("F16", [151936, hidden]) for name in ("model.embed_tokens", "lm_head")}
     found["model.norm.weight"] = ("F16", [hidden])
     section = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
-    return write_headers(path, config, section, found, files=40)
+    return write_headers(path, config, section, found, files)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qcompile import kernels, plugins
@@ -96,13 +95,6 @@ def expand_groups(values: torch.Tensor, weight: WeightType, out: int, inn: int) 
     if columns is None:
         return values
     return values.repeat_interleave(rows, dim=-2)[..., :out, :].repeat_interleave(columns, dim=-1)[..., :inn]
-
-
-def change(folder: Path, edit) -> None:
-    """Let ``edit`` change the dict of a folder's tensors."""
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def change_config(folder: Path, edit) -> None:

@@ -1,8 +1,6 @@
 """The format awq: against the published layouts, against files of AutoAWQ and gptqmodel, and malformed."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -300,12 +298,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("awq") / "w4"
     qcompile.save(model, folder, format="awq")
     return model, folder
-
-
-@pytest.fixture
-def copied(checkpoint, tmp_path):
-    """A copy of that folder, to be damaged."""
-    return Path(shutil.copytree(checkpoint[1], tmp_path / "copied"))
 
 
 @pytest.mark.parametrize(

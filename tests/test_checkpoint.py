@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TinyMLP, change, change_config, logits, quantize_linears, relative_error, tiny_model
+from helpers import TinyMLP, change_config, logits, quantize_linears, relative_error, tiny_model
 from safetensors.torch import load_file
+from stored import change
 
 import qcompile
 from qcompile import storage

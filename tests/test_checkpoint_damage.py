@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import change, change_config
+from helpers import change_config
 from safetensors.torch import load_file, save_file
+from stored import change
 
 import qcompile
 from qcompile import storage

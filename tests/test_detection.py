@@ -1,7 +1,6 @@
 """What a folder holds: files by any name, pickles only when asked, fp8, and formats that are refused by name."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("detection") / "w4"
     qcompile.save(model, folder, format="gptq")
     return model, folder
-
-
-@pytest.fixture
-def copied(checkpoint, tmp_path):
-    return Path(shutil.copytree(checkpoint[1], tmp_path / "copied"))
 
 
 def change_config(folder: Path, **section) -> None:

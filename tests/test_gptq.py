@@ -345,12 +345,6 @@ def checkpoint(tmp_path_factory):
     return model, folder
 
 
-@pytest.fixture
-def copied(checkpoint, tmp_path):
-    """A copy of that folder, to be damaged."""
-    return Path(shutil.copytree(checkpoint[1], tmp_path / "copied"))
-
-
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("scheme", ["w4a16_g32", MIXED])
 @pytest.mark.parametrize("head", [False, True])

@@ -5,70 +5,21 @@ import struct
 from pathlib import Path
 
 import pytest
+from big_headers import qwen3_moe
 from typer.testing import CliRunner
 
 import qcompile
 from qcompile.cli import app
 
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 48, 116, 2048, 768, 128
-SIZES = {"I32": 4, "F16": 2}
-
-
-def tensors() -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of every tensor of an AWQ checkpoint in the shape of Qwen3-30B-A3B, with 116 experts."""
-    found: dict[str, tuple[str, list[int]]] = {}
-
-    def linear(name: str, out: int, inn: int) -> None:
-        found[f"{name}.qweight"] = ("I32", [inn, out // 8])
-        found[f"{name}.qzeros"] = ("I32", [inn // GROUP, out // 8])
-        found[f"{name}.scales"] = ("F16", [inn // GROUP, out])
-
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        for name, out, inn in (("q", 4096, HIDDEN), ("k", 512, HIDDEN), ("v", 512, HIDDEN), ("o", HIDDEN, 4096)):
-            linear(f"{layer}.self_attn.{name}_proj", out, inn)
-        for name, size in (("self_attn.q_norm", 128), ("self_attn.k_norm", 128), ("input_layernorm", HIDDEN)):
-            found[f"{layer}.{name}.weight"] = ("F16", [size])
-        found[f"{layer}.post_attention_layernorm.weight"] = ("F16", [HIDDEN])
-        found[f"{layer}.mlp.gate.weight"] = ("F16", [EXPERTS, HIDDEN])
-        for expert in range(EXPERTS):
-            for name in ("gate_proj", "up_proj"):
-                linear(f"{layer}.mlp.experts.{expert}.{name}", INTERMEDIATE, HIDDEN)
-            linear(f"{layer}.mlp.experts.{expert}.down_proj", HIDDEN, INTERMEDIATE)
-    found |= {f"{name}.weight": ("F16", [151936, HIDDEN]) for name in ("model.embed_tokens", "lm_head")}
-    return found | {"model.norm.weight": ("F16", [HIDDEN])}
+LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 48, 116, 2048, 768
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Eight sparse files of 16 GB together that take no room on the disk."""
-    from transformers import Qwen3MoeConfig
-
+    """AWQ in the shape of Qwen3-30B-A3B, with 116 experts: sparse files of 16 GB that take no room on the disk."""
     path = tmp_path_factory.mktemp("dry") / "moe"
-    path.mkdir()
-    config = Qwen3MoeConfig(
-        hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=EXPERTS, num_experts_per_tok=8, vocab_size=151936,
-        tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"], dtype="float16",
-    )  # fmt: skip
-    quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
-    described = json.loads(config.to_json_string()) | {"quantization_config": quantization}
-    (path / "config.json").write_text(json.dumps(described))
-    found, index = tensors(), {}
-    names = list(found)
-    for shard in range(8):
-        file, header, offset = f"model-{shard + 1:05d}-of-00008.safetensors", {}, 0
-        for name in names[shard * len(names) // 8 : (shard + 1) * len(names) // 8]:
-            dtype, shape = found[name]
-            size = SIZES[dtype] * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-            offset, index[name] = offset + size, file
-        text = json.dumps(header).encode()
-        with (path / file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + offset)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert len(found) > 50_000
+    qwen3_moe(path, LAYERS, EXPERTS, HIDDEN, INTERMEDIATE, heads=32, files=8)
+    assert len(json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]) > 50_000
     return path
 
 

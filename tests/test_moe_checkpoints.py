@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from helpers import logits, relative_error, tiny_model
 from moe_models import FAMILIES, IDS, Decoder, Looping, tiny_moe
 from safetensors.torch import load_file, save_file
-from stored import random_packed
+from stored import change, random_packed
 
 import qcompile
 from qcompile import numerics, parts, storage
@@ -36,17 +35,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moe") / "w4"
     qcompile.save(model, folder)
     return model, folder
-
-
-@pytest.fixture
-def copied(checkpoint, tmp_path):
-    return Path(shutil.copytree(checkpoint[1], tmp_path / "copied"))
-
-
-def change(folder: Path, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # -------------------------------------------------------------------------------------------------------------- float
