@@ -13,7 +13,9 @@ float activations here and quantizes them, as a model does.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
+import itertools
 import json
 import statistics
 import sys
@@ -65,27 +67,22 @@ def bandwidth() -> float:
 
 def ours(scheme: Scheme, packed, copies: int) -> Callable[[Tensor], Tensor]:
     """Our kernel on some copies in turn."""
-    kernel = BACKEND.kernel("native")
-    weights = [kernel.prepare(packed) for _ in range(copies)]
-    turn = iter(range(10**9))
-    out = packed.shape[0]
+    kernel, out = BACKEND.kernel("native"), packed.shape[0]
+    quantize = torch.compile(lambda x: numerics.quantize_activation(x, scheme.activation), dynamic=True)
 
-    def run(x: Tensor) -> Tensor:
-        weight = weights[next(turn) % copies]
+    def product() -> Callable[[Tensor], Tensor]:
+        weight = kernel.prepare(packed)
         if scheme.activation is None:
-            return kernel.linear(x, weight, None, scheme, out)
-        return kernel.scaled_linear(quantize(x), weight, None, scheme, out, x.dtype)
+            return lambda x: kernel.linear(x, weight, None, scheme, out)
+        return lambda x: kernel.scaled_linear(quantize(x), weight, None, scheme, out, x.dtype)
 
-    if scheme.activation is not None:
-        quantize = torch.compile(lambda x: numerics.quantize_activation(x, scheme.activation), dynamic=True)
-    return run
+    return in_turn(product, copies)
 
 
 def in_turn(make: Callable[[], Callable[[Tensor], Tensor]], copies: int) -> Callable[[Tensor], Tensor]:
     """The same product made several times, called in turn."""
-    functions = [make() for _ in range(copies)]
-    turn = iter(range(10**9))
-    return lambda x: functions[next(turn) % copies](x)
+    functions = itertools.cycle([make() for _ in range(copies)])
+    return lambda x: next(functions)(x)
 
 
 class Case:
@@ -98,11 +95,8 @@ class Case:
         torch.manual_seed(0)
         weight = (torch.randn(self.out, self.inn) * 0.02).bfloat16()
         copies = max(2, -(-COLD // weight.nbytes))
-        weights = [weight.clone() for _ in range(copies)]
-        turn = iter(range(10**9))
-        self.variants: dict[str, Callable[[Tensor], Tensor]] = {
-            "bfloat16": lambda x: F.linear(x, weights[next(turn) % copies])
-        }
+        plain = in_turn(lambda: functools.partial(F.linear, weight=weight.clone()), copies)
+        self.variants: dict[str, Callable[[Tensor], Tensor]] = {"bfloat16": plain}
         self.bytes["bfloat16"] = weight.nbytes
         for name in chosen.schemes:
             scheme = Scheme.parse(name)
