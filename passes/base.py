@@ -6,7 +6,7 @@ not, ``rewrite`` replaces it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -89,7 +89,11 @@ def replace(old: Node, new: Node, pass_name: str) -> None:
     for key, value in old.meta.items():
         new.meta.setdefault(key, value)
     old.replace_all_uses_with(new)
-    unused = [old]
+    _erase_unused([old])
+
+
+def _erase_unused(unused: list[Node]) -> None:
+    """Erase those that nobody reads, and what only they read."""
     while unused:
         node = unused.pop()
         if not node.users and node.op == "call_function" and not node._erased and not node.is_impure():
@@ -104,10 +108,17 @@ class Edit:
         self.pass_name = pass_name
         self._values: dict[Any, Any] = {}
 
-    def call(self, before: Node, target: Callable, arguments: Sequence[Any], like: Node | None = None) -> Node:
+    def call(
+        self,
+        before: Node,
+        target: Callable,
+        arguments: Sequence[Any],
+        like: Node | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Node:
         """A call of ``target`` in front of ``before``; it belongs to the same module as ``like`` (default: before)."""
         with before.graph.inserting_before(before):
-            node = before.graph.call_function(target, tuple(arguments))
+            node = before.graph.call_function(target, tuple(arguments), dict(kwargs or {}))
         origin = before if like is None else like
         if "nn_module_stack" in origin.meta:
             node.meta["nn_module_stack"] = origin.meta["nn_module_stack"]
@@ -119,6 +130,13 @@ class Edit:
     def replace(self, old: Node, new: Node) -> None:
         """Let ``new`` stand for ``old`` everywhere, as ``replace`` does."""
         replace(old, new, self.pass_name)
+
+    def erase(self, node: Node) -> None:
+        """Erase a node that nobody reads, even one that may draw random numbers, and what only it read."""
+        if not node._erased:
+            inputs = node.all_input_nodes
+            node.graph.erase_node(node)
+            _erase_unused(inputs)
 
 
 class Rule(Protocol):

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
+from .attend_shared_heads import AttendSharedHeads
 from .base import Pass
 from .canonicalize import Canonicalize
 from .fuse_gated_act_quant import FuseGatedActQuant
@@ -24,6 +25,7 @@ from .share_activation_quant import ShareActivationQuant
 
 BUILT_IN: tuple[Callable[[], Pass], ...] = (
     Canonicalize, ShareActivationQuant, PackActivations, MergeLinears, FuseNormQuant, FuseGatedActQuant,
+    AttendSharedHeads,
 )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def unavailable() -> str:
     torch.library.register_fake(f"{LIBRARY}::scaled_linear", _fake)
     torch.library.register_fake(f"{LIBRARY}::linears", _fakes)
     torch.library.register_fake(f"{LIBRARY}::scaled_linears", _fakes)
+    torch.library.register_fake(f"{LIBRARY}::attend", lambda q, k, v, *rest: q.new_empty((*q.shape[:3], v.shape[3])))
     return ""
 
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "attention.h"
 #include "inputs.h"
 
 namespace qcompile {
@@ -115,6 +116,7 @@ TORCH_LIBRARY(qcompile_cpu, m) {
         "int[] out_features, ScalarType dtype) -> Tensor[]");
   m.def("scaled_linears(Tensor x, Tensor x_scales, Tensor? x_zeros, Tensor[] codes, Tensor[] scales, Tensor[] zeros, "
         "Tensor[] sums, Tensor?[] biases, int zero, int[] out_features, ScalarType dtype) -> Tensor[]");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {
@@ -122,4 +124,5 @@ TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {
   m.impl("scaled_linear", qcompile::scaled_linear);
   m.impl("linears", qcompile::linears);
   m.impl("scaled_linears", qcompile::scaled_linears);
+  m.impl("attend", qcompile::attend);
 }

@@ -105,6 +105,34 @@ inline UInt32s pair_of_bfloat16(Floats low, Floats high) {
   return ((UInt32s)low + 0x8000) >> 16 | (((UInt32s)high + 0x8000) & 0xffff0000);
 }
 
+// ------------------------------------------------------------------------------------------------------------ of floats
+
+inline float total(Floats v) {
+#if defined(QCOMPILE_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+#endif
+}
+
+// e^v for v <= 0, 0 below -87; relative error 2e-7: 2^n times the Taylor polynomial of what is left, at most ln 2 / 2
+inline Floats exp_of(Floats v) {
+  constexpr float kLeast = -87, kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts, the first exact
+  const Floats bounded = v > kLeast ? v : kLeast + Floats{};
+  const Int32s n = round_to_ints(bounded * 1.44269504f);
+  const Floats x = bounded - to_floats(n) * kHigh - to_floats(n) * kLow;
+  Floats sum = x * (1.f / 5040) + 1.f / 720;
+  sum = sum * x + 1.f / 120;
+  sum = sum * x + 1.f / 24;
+  sum = sum * x + 1.f / 6;
+  sum = sum * x + 0.5f;
+  sum = sum * x + 1.f;
+  sum = sum * x + 1.f;
+  return v > kLeast ? sum * (Floats)((n + 127) << 23) : Floats{};
+}
+
 // -------------------------------------------------------------------------------------------- arrays of any float type
 
 enum class Type { bfloat16, float16, float32 };

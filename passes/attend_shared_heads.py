@@ -1,0 +1,118 @@
+"""Attention whose query heads share keys and values, without the copies that give each its own.
+
+A model repeats the heads of its cache, as many times as query heads share one, and attends to the copies: at each token
+the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are; one new token at a time
+goes through the CPU backend's own (``backends/cpu/native/attention.h``), which reads each position once.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .base import Edit, Result, apply_rules
+from .matching import RESHAPES, op, shape_of, value
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_WIDTH = 16  # of which the elements of a head must be a multiple, for the backend's own
+
+
+@dataclass
+class AttendSharedHeads:
+    """Both rewrites: shared heads as they are, then one new token."""
+
+    name: str = "attend_shared_heads"
+    level: str = "aot"
+    numerics: str = "reorder"
+    expected: int | None = None
+
+    def __call__(self, module: GraphModule) -> Result:
+        """Rewrite ``module.graph``; ``matches`` counts attentions, once for each of the two."""
+        return apply_rules([_WithoutCopies(), _OneToken()], module, self.name)
+
+
+class _WithoutCopies:
+    """Keys and values that are heads repeated with ``expand``, both equally often."""
+
+    def pattern(self, node: Node) -> tuple[Node, Node, Node] | None:
+        if node.target is not _ATTENTION:
+            return None
+        key, of_value = (_repeated(node.args[i]) for i in (1, 2))
+        return None if key is None or of_value is None else (node, key, of_value)
+
+    def check(self, match: tuple[Node, Node, Node]) -> str:
+        _, key, of_value = match
+        if shape_of(key)[1] != shape_of(of_value)[1]:
+            return f"{key.name} has {shape_of(key)[1]} heads and {of_value.name} {shape_of(of_value)[1]}"
+        return ""
+
+    def rewrite(self, match: tuple[Node, Node, Node], edit: Edit) -> None:
+        node, key, of_value = match
+        new = edit.call(node, _ATTENTION, (node.args[0], key, of_value, *node.args[3:]), kwargs=node.kwargs)
+        edit.replace(node, new)
+        edit.erase(node)  # dropout makes it an operation that draws random numbers
+
+
+class _OneToken:
+    """Attention of a single query row, whose softmax nobody reads."""
+
+    def pattern(self, node: Node) -> tuple[Node, Node] | None:
+        if node.target is not _ATTENTION or value(node.args[0]).shape[2] != 1:  # type: ignore[arg-type]
+            return None
+        readers = [user for user in node.users if user.users]
+        if len(readers) != 1 or readers[0].target is not operator.getitem or readers[0].args[1] != 0:
+            return None
+        return node, readers[0]
+
+    def check(self, match: tuple[Node, Node]) -> str:
+        from ..backends.cpu import native
+
+        query, key, of_value, dropout, causal, _, _ = _arguments(match[0])
+        if dropout or causal:
+            return "it drops some weights, or has a triangular mask"
+        widths = [value(query).shape[3], value(of_value).shape[3]]
+        if any(not isinstance(width, int) or width % _WIDTH for width in widths):
+            return f"heads of {widths[0]} and {widths[1]} elements are not multiples of {_WIDTH}"
+        if value(query).dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"computes bfloat16, float16 and float32, not {value(query).dtype}"
+        return native.unavailable()
+
+    def rewrite(self, match: tuple[Node, Node], edit: Edit) -> None:
+        node, result = match
+        query, key, of_value, _, _, mask, scale = _arguments(node)
+        scale = value(query).shape[3] ** -0.5 if scale is None else scale
+        attend = torch.ops.qcompile_cpu.attend.default
+        edit.replace(result, edit.call(node, attend, (query, key, of_value, mask, scale)))
+        for left in (*node.users, node):
+            edit.erase(left)
+
+
+def _arguments(node: Node) -> list[Any]:
+    """query, key, value, dropout_p, is_causal, attn_mask, scale: all arguments, defaults filled in."""
+    given = list(node.args) + [0.0, False][len(node.args) - 3 :]
+    return [*given, node.kwargs.get("attn_mask"), node.kwargs.get("scale")]
+
+
+def _repeated(node: Any) -> Node | None:
+    """[batch, heads, positions, width] if ``node`` is that with each head ``times`` times, one after the other.
+
+    How models write it: ``x[:, :, None].expand(batch, heads, times, positions, width).reshape(...)``.
+    """
+    if op(node) not in RESHAPES:
+        return None
+    inner = node.args[0]
+    inner = inner.args[0] if op(inner) == "clone" else inner
+    if op(inner) != "expand" or op(inner.args[0]) != "unsqueeze" or inner.args[0].args[1] != 2:
+        return None
+    source = inner.args[0].args[0]
+    shapes = [shape_of(n) for n in (source, inner, node)]
+    if [len(shape) for shape in shapes] != [4, 5, 4]:
+        return None
+    (batch, heads, *rest), expanded, repeated = shapes
+    heads_after = str(value(inner).shape[1] * value(inner).shape[2])
+    same = expanded[:2] == (batch, heads) and list(expanded[3:]) == rest
+    return source if same and repeated == (batch, heads_after, *rest) else None
