@@ -72,21 +72,26 @@ class QuantWeight(nn.Module):
 class QuantLinear(QuantWeight):
     """A Linear with a quantized weight: x [..., in_features] -> [..., out_features] in x's dtype."""
 
+    def __init__(self, packed: PackedWeight, bias: Tensor | None, kernel: str, dtype: torch.dtype) -> None:
+        super().__init__(packed, bias, kernel, dtype)
+        activation = packed.scheme.activation
+        self._dynamic = activation is not None and activation.dynamic
+        # all that forward reads is compared at every call of a compiled model: two tuples, not a scheme's every field
+        self._texts = (str(packed.scheme), None if activation is None else str(activation), kernel)
+
     def forward(self, x: Tensor) -> Tensor:
-        activation = self.scheme.activation
-        parts = [x] if activation is None else torch.ops.qcompile.quantize(x, self.params(), str(activation))
+        activation = self._texts[1]
+        parts = [x] if activation is None else torch.ops.qcompile.quantize(x, self.params(), activation)
         return self.product(parts, x.dtype)
 
     def product(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The product of [x], or of what ``qcompile::quantize`` made of it, with the weight, and the bias."""
-        scheme, activation = str(self.scheme), self.scheme.activation
+        scheme, activation, kernel = self._texts
         if activation is None:
-            return torch.ops.qcompile.linear(
-                parts[0], self.tensors(), self.bias, scheme, self.kernel, self.out_features
-            )
+            return torch.ops.qcompile.linear(parts[0], self.tensors(), self.bias, scheme, kernel, self.shape[0])
         return torch.ops.qcompile.scaled_linear(
-            parts if activation.dynamic else [*parts, *self.params()],
-            self.tensors(), self.bias, scheme, self.kernel, self.out_features, dtype,
+            parts if self._dynamic else [*parts, *self.params()],
+            self.tensors(), self.bias, scheme, kernel, self.shape[0], dtype,
         )  # fmt: skip
 
 
