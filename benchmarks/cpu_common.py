@@ -48,6 +48,7 @@ def options(description: str, schemes: list[str]) -> argparse.Namespace:
         "--no-tuned", action="store_true", help="without the tuned baseline, which takes long to compile"
     )
     parser.add_argument("--llama", action="store_true", help="also llama.cpp (cpu_llama.py says how to install it)")
+    parser.add_argument("--both", action="store_true", help="prompts and decoding, of variants that are compiled once")
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -182,10 +183,25 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def report(
+def run(description: str, schemes: list[str], what: str) -> None:
+    """Build, compile, measure and report ``what``: "decode" or "prefill"."""
+    chosen = options(description, schemes)
+    variants = runners(chosen)
+    prefills, steps = measure(chosen, variants)
+    found = {"decode": (steps, 1), "prefill": (prefills, chosen.prompt)}
+    told = found if chosen.both else {what: found[what]}
+    result: dict[str, Any] = facts(chosen, variants) | {"ratios": {}}
+    for name, (seconds, count) in told.items():
+        result["ratios"] |= table_of(chosen, variants, name, seconds, count)
+        result[f"{name}_ms"] = {variant: value * 1e3 for variant, value in seconds.items()}
+    if chosen.json:
+        print(json.dumps(result))
+
+
+def table_of(
     chosen: argparse.Namespace, all_runners: list[Any], what: str, seconds: dict[str, float], count: int
-) -> None:
-    """A table of ``seconds`` for ``count`` tokens against both baselines; the JSON line when asked."""
+) -> dict[str, float]:
+    """Print a table of ``seconds`` for ``count`` tokens against both baselines; returns the ratios."""
     table = Table(title=f"Qwen3 {chosen.shape}, {what}, lm_head {chosen.lm_head}, {chosen.threads} threads")
     baselines = [name for name in BASELINES if name in seconds]
     columns = ("variant", "MB", "compile s", "ms", "tok/s", *(f"× {name}" for name in baselines))
@@ -201,6 +217,4 @@ def report(
             keys = {"bfloat16": "", "bfloat16 tuned": "_tuned"}
             ratios |= {f"{what}_{runner.name}{keys[name]}": ratio for name, ratio in against.items()}
     Console(width=120).print(table)
-    if chosen.json:
-        milliseconds = {name: value * 1e3 for name, value in seconds.items()}
-        print(json.dumps(facts(chosen, all_runners) | {f"{what}_ms": milliseconds, "ratios": ratios}))
+    return ratios

@@ -8,17 +8,7 @@
 
 from __future__ import annotations
 
-from cpu_common import measure, options, report, runners
-
-
-def main() -> None:
-    chosen = options(__doc__.splitlines()[0], ["w4a16_g128", "w8a16", "w8a8"])
-    chosen.tokens = 1
-    chosen.rounds *= 4
-    variants = runners(chosen)
-    prefills, _ = measure(chosen, variants)
-    report(chosen, variants, "prefill", prefills, chosen.prompt)
-
+from cpu_common import run
 
 if __name__ == "__main__":
-    main()
+    run(__doc__.splitlines()[0], ["w4a16_g128", "w8a16", "w8a8"], "prefill")
