@@ -1,8 +1,8 @@
 """Attention whose query heads share keys and values, without the copies that give each its own.
 
 A model repeats the heads of its cache, as many times as query heads share one, and attends to the copies: at each token
-the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are; one new token at a time
-goes through the CPU backend's own (``backends/cpu/native/attention.h``), which reads each position once.
+the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are; that of one new token
+becomes ``qcompile::attend``, for which the CPU has an operation that reads each position once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .base import Edit, Result, apply_rules
 from .matching import RESHAPES, op, shape_of, value
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_WIDTH = 16  # of which the elements of a head must be a multiple, for the backend's own
 
 
 @dataclass
@@ -69,23 +68,14 @@ class _OneToken:
         return node, readers[0]
 
     def check(self, match: tuple[Node, Node]) -> str:
-        from ..backends.cpu import native
-
-        query, key, of_value, dropout, causal, _, _ = _arguments(match[0])
-        if dropout or causal:
-            return "it drops some weights, or has a triangular mask"
-        widths = [value(query).shape[3], value(of_value).shape[3]]
-        if any(not isinstance(width, int) or width % _WIDTH for width in widths):
-            return f"heads of {widths[0]} and {widths[1]} elements are not multiples of {_WIDTH}"
-        if value(query).dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"computes bfloat16, float16 and float32, not {value(query).dtype}"
-        return native.unavailable()
+        _, _, _, dropout, causal, _, _ = _arguments(match[0])
+        return "it drops some weights, or has a triangular mask" if dropout or causal else ""
 
     def rewrite(self, match: tuple[Node, Node], edit: Edit) -> None:
         node, result = match
         query, key, of_value, _, _, mask, scale = _arguments(node)
         scale = value(query).shape[3] ** -0.5 if scale is None else scale
-        attend = torch.ops.qcompile_cpu.attend.default
+        attend = torch.ops.qcompile.attend.default
         edit.replace(result, edit.call(node, attend, (query, key, of_value, mask, scale)))
         for left in (*node.users, node):
             edit.erase(left)

@@ -1,8 +1,9 @@
-"""Semantic ops for what stands between matrix products: RMSNorm, gated activations, and both with a quantization.
+"""Semantic ops for what stands between matrix products: norms, gated activations, both with a quantization, attention.
 
 Each function here is the definition of the op of its name: plain torch, and a fused op calls the ops that it joins.
-The pass ``canonicalize`` finds them in a graph, the fusing passes join them with ``qcompile::quantize``, and ``lower``
-replaces each by a device's own operation or by its definition, which is bit for bit what the graph held before.
+The pass ``canonicalize`` finds them in a graph (``attend_shared_heads`` the attention), the fusing passes join them
+with ``qcompile::quantize``, and ``lower`` replaces each by a device's own operation or by its definition, which is bit
+for bit what the graph held before.
 
 The arguments of a norm are the same in every op:
 
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import gates, numerics, ops  # noqa: F401  (ops registers qcompile::quantize)
 
@@ -125,10 +127,21 @@ def quantize_words(x: Tensor, params: list[Tensor], activation: str) -> list[Ten
     return [numerics.pack_int4(codes), scale]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one new token, of whose heads several share those of k and v: in q's dtype.
+
+    q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width] ->
+    [batch, heads, 1, value width]; head h reads shared head ``h // (heads / shared)``. mask, which is added to the
+    scaled scores, broadcasts to [batch, heads, 1, positions].
+    """
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
 DEFINITIONS: dict[str, Callable] = {
     function.__name__: function
     for function in (
         rms_norm, add_rms_norm, gated_act, rms_norm_quantize, add_rms_norm_quantize, gated_act_quantize, quantize_words,
+        attend,
     )
 }  # fmt: skip
 

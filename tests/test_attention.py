@@ -6,14 +6,16 @@ import sys
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from qcompile.passes.attend_shared_heads import AttendSharedHeads
+from qcompile.passes.lower import Lower
 from test_passes_canonicalize import aot_graph
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 import qcompile
-from helpers import tiny_model
 from qcompile.backends.cpu import native
 from qcompile.labels import op
 from qcompile.verify import run_pass
@@ -156,12 +158,11 @@ def test_no_copies_of_keys_and_values_are_left(options, sizes):
     assert not {"expand", "clone", "unsqueeze"} & set(names)
 
 
-@built
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_token_goes_through_the_kernel(masked):
     given = (*inputs(1), *([torch.rand(2, 1, 1, 40) > 0.3] if masked else []))
     names, record = rewritten(lambda *t: attention(*t, scale=0.25), *given)
-    assert (record.matches, names[-1]) == (2, "qcompile_cpu.attend.default")
+    assert (record.matches, names[-1]) == (2, "qcompile.attend.default")
     assert not {"clone", "unsqueeze", "_scaled_dot_product_flash_attention_for_cpu"} & set(names)
 
 
@@ -174,18 +175,32 @@ def test_heads_that_are_not_shared_keep_their_attention():
 
 def test_heads_in_another_order_are_not_shared_heads():
     """Head h of six would attend to h % 3, not to h // 2."""
-    names, record = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, *(t.repeat(1, 2, 1, 1) for t in (k, v))),
-                              *inputs(5))  # fmt: skip
+    _, record = rewritten(
+        lambda q, k, v: F.scaled_dot_product_attention(q, *(t.repeat(1, 2, 1, 1) for t in (k, v))), *inputs(5)
+    )
     assert record.matches == 0
 
 
-@built
-def test_what_the_kernel_does_not_compute_stays_with_the_reason():
-    _, narrow = rewritten(attention, *inputs(1, width=24))
-    assert narrow.matches == 1
-    assert "not multiples of 16" in narrow.rejected[0][1]
-    _, causal = rewritten(lambda *t: attention(*t, is_causal=True), *inputs(1))
-    assert "triangular mask" in causal.rejected[0][1]
+def test_a_triangular_mask_stays_with_the_reason():
+    """With one query row it shows the first position only."""
+    _, record = rewritten(lambda *t: attention(*t, is_causal=True), *inputs(1))
+    assert record.matches == 1
+    assert "triangular mask" in record.rejected[0][1]
+
+
+@pytest.mark.parametrize(
+    ("width", "reason"), [(32, native.unavailable()), (24, "its heads are multiples of 16 wide, not 24 and 24")]
+)
+def test_it_is_lowered_to_the_kernel_or_to_torchs_attention_with_the_reason(width, reason):
+    given = inputs(1, width=width)
+    module = aot_graph(lambda q, k, v: torch.ops.qcompile.attend(q, k, v, None, 0.2) + 1, *given)
+    record = run_pass(Lower(select_decomp_table()), module, given)
+    targets = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert ("qcompile_cpu.attend.default" in targets) == (not reason)
+    assert bool(record.rejected) == bool(reason)
+    if reason:
+        assert reason in record.rejected[0][1]
+        assert any("_scaled_dot_product_flash_attention_for_cpu" in target for target in targets)
 
 
 @built

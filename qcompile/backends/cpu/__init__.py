@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
+from .attention import Attend
 from .kernels import Int4Pack, Int8Pack, IntMM
 from .native_kernel import Native
 
@@ -15,6 +17,7 @@ class CPU:
 
     name = "cpu"
     kernels: Sequence[Kernel] = (Native(), Int4Pack(), Int8Pack(), IntMM(), Kernel())
+    operations: Mapping[str, Any] = {"attend": Attend()}
 
     def missing(self) -> str:
         """A CPU is always there."""

@@ -1,0 +1,28 @@
+"""Attention of one new token on the CPU, in C++ (``native/attention.h``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WIDTH = 16  # of which the elements of a head are a multiple
+
+
+class Attend:
+    """``qcompile::attend``."""
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str:
+        """Why ATen's attention computes it instead; "" when it need not."""
+        if not (q.dtype == k.dtype == v.dtype) or q.dtype not in _DTYPES:
+            return f"it computes bfloat16, float16 and float32, all in one of them, not {q.dtype}, {k.dtype}, {v.dtype}"
+        widths = q.shape[3], v.shape[3]
+        if any(not isinstance(width, int) or width % _WIDTH for width in widths):
+            return f"its heads are multiples of {_WIDTH} wide, not {widths[0]} and {widths[1]}"
+        return native.unavailable()
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """``fused_ops.attend``."""
+        return torch.ops.qcompile_cpu.attend.default(q, k, v, mask, scale)
