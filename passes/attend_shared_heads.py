@@ -1,8 +1,8 @@
 """Attention whose query heads share keys and values, without the copies that give each its own.
 
 A model repeats the heads of its cache, as many times as query heads share one, and attends to the copies: at each token
-the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are; that of one new token
-becomes ``qcompile::attend``, for which the CPU has an operation that reads each position once.
+the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are (since torch 2.9); that
+of one new token becomes ``qcompile::attend``, for which the CPU has an operation that reads each position once.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def test_attention_of_any_shape_and_strides(dtype, data):
 
 
 @built
-def test_positions_that_the_mask_excludes_are_not_read():
-    """Such as the unused end of a static cache, whatever lies there; who may see nothing gets zeros."""
+def test_the_unused_end_of_a_static_cache_is_not_read():
+    """Whatever lies there; who may see nothing gets zeros."""
     q, k, v = torch.randn(2, 6, 1, 32), torch.randn(2, 3, 900, 32), torch.randn(2, 3, 900, 32)
     mask = torch.zeros(2, 1, 1, 900)
     mask[0, ..., 300:] = mask[1] = -torch.inf
@@ -77,6 +77,14 @@ def test_positions_that_the_mask_excludes_are_not_read():
 def test_large_scores_do_not_overflow():
     q, k, v = torch.randn(1, 4, 1, 64) * 100, torch.randn(1, 2, 500, 64) * 100, torch.randn(1, 2, 500, 64)
     assert_close(torch.ops.qcompile_cpu.attend(q, k, v, None, 1.0), exact(q, k, v, None, 1.0))
+
+
+@built
+@pytest.mark.parametrize("where", ["query", "key", "value", "every key"])
+def test_nan_is_not_hidden(where):
+    q, k, v = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 300, 32), torch.randn(1, 2, 300, 32)
+    {"query": q, "key": k[:, :, 290:291], "value": v[:, :, 7:8], "every key": k}[where].fill_(torch.nan)
+    assert torch.ops.qcompile_cpu.attend(q, k, v, None, 0.2).isnan().all()
 
 
 @built
@@ -119,7 +127,7 @@ def test_every_older_instruction_set_gives_the_same_numbers():
     """In processes of their own: a library is loaded once."""
     levels = list(native.LEVELS)
     for level in levels[levels.index(native.instruction_set()) + 1 :]:
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", __file__, "-k", "any_shape or excludes or overflow"]
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", __file__, "-k", "any_shape or unused or overflow or nan"]
         environment = os.environ | {native.ISA_VARIABLE: level}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:]

@@ -78,7 +78,8 @@ class TestCheckpoints:
     """Every format and scheme, read in parts."""
 
     @pytest.fixture(scope="class")
-    def found(self, tmp_path_factory):
+    @classmethod
+    def found(cls, tmp_path_factory):
         cases = [f"checkpoint|{path_of(name)}" for name in GOLDENS]
         cases += [f"checkpoint|{path_of(name)}|1" for name in MOE]
         return run(tmp_path_factory.mktemp("two"), 2, *cases)

@@ -1,8 +1,8 @@
 // Attention of one new token to the keys and values of a cache, whose heads several query heads may share.
 //
-// A position is read once for all query heads that share it, and not at all where the mask excludes it, so that the
-// unused end of a static cache costs nothing. Positions are taken in chunks, whose softmaxes are joined afterwards: a
-// result does not depend on the number of threads.
+// A position is read once for up to four query heads that share it, and not at all before the first or behind the last
+// of a chunk that the mask shows, so that the unused end of a static cache costs nothing. Positions are taken in chunks,
+// whose softmaxes are joined afterwards: a result does not depend on the number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -81,8 +81,9 @@ inline Softmax exponentiate(float* line) {
   }
   float largest = kExcluded;
   for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  const float from = largest == kExcluded ? 0.f : largest;
   for (int64_t p = 0; p < kChunk; p += kLanes) {
-    const Floats weight = largest == kExcluded ? Floats{} : exp_of(load<Floats>(line + p) - largest);
+    const Floats weight = exp_of(load<Floats>(line + p) - from);
     store(line + p, weight);
     sum += weight;
   }
@@ -135,7 +136,7 @@ inline void join(const float* parts, const Softmax* softmax, int64_t chunks, int
   }
   for (int64_t i = 0; i < width; i += kLanes) {
     Floats all = {};
-    for (int64_t c = 0; c < chunks; ++c) all += load<Floats>(parts + c * width + i) * (sum > 0 ? share[c] / sum : 0.f);
+    for (int64_t c = 0; c < chunks; ++c) all += load<Floats>(parts + c * width + i) * (sum == 0 ? 0.f : share[c] / sum);
     store_floats(to + i * size_of(type), type, all);
   }
 }

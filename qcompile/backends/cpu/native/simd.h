@@ -117,10 +117,11 @@ inline float total(Floats v) {
 #endif
 }
 
-// e^v for v <= 0, 0 below -87; relative error 2e-7: 2^n times the Taylor polynomial of what is left, at most ln 2 / 2
+// e^v for v <= 0, 0 below -87, NaN of NaN; relative error 2e-7: 2^n times the Taylor polynomial of what is left, which is
+// at most ln 2 / 2
 inline Floats exp_of(Floats v) {
   constexpr float kLeast = -87, kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts, the first exact
-  const Floats bounded = v > kLeast ? v : kLeast + Floats{};
+  const Floats bounded = v < kLeast ? kLeast + Floats{} : v;
   const Int32s n = round_to_ints(bounded * 1.44269504f);
   const Floats x = bounded - to_floats(n) * kHigh - to_floats(n) * kLow;
   Floats sum = x * (1.f / 5040) + 1.f / 720;
@@ -130,7 +131,7 @@ inline Floats exp_of(Floats v) {
   sum = sum * x + 0.5f;
   sum = sum * x + 1.f;
   sum = sum * x + 1.f;
-  return v > kLeast ? sum * (Floats)((n + 127) << 23) : Floats{};
+  return v < kLeast ? Floats{} : sum * (Floats)((n + 127) << 23);
 }
 
 // -------------------------------------------------------------------------------------------- arrays of any float type
