@@ -5,26 +5,24 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
+from torch.fx import GraphModule
 
 from . import budget, numerics
 from .calibrate import Calibration, RareExperts, plan_needs, refuse_without_data
 from .calibration_data import calibration_inputs, described
+from .checks import check_coverage, check_model, check_weights, checked_plan
 from .config import QuantConfig, as_config
-from .errors import CalibrationError, ConfigError, UnsupportedError
+from .errors import CalibrationError, ConfigError
 from .experts import ExpertsLayout, find_experts
-from .float_experts import fuse, parts, projections, unfuse
+from .float_experts import fuse, unfuse
 from .memory import Timeline, return_memory
 from .modules import (
     FloatWeight,
-    QuantExperts,
-    QuantWeight,
     quantize_site,
     quantized_modules,
     replace_module,
@@ -33,12 +31,12 @@ from .modules import (
 )
 from .planning import find_backend, make_plan
 from .resume import ResumeFolder, digest, sample
-from .sites import first_names, module_name, walk_sites
-from .trace import as_called, attribute, is_language_model, trace
+from .rewriting import rewrite_graph
+from .sites import walk_sites
+from .trace import as_called, is_language_model, trace
 from .types import (
     FrontierPoint,
     PackedWeight,
-    PassRecord,
     Plan,
     PlannedSite,
     Report,
@@ -47,7 +45,6 @@ from .types import (
     SiteResult,
     State,
 )
-from .verify import run_pass
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -68,7 +65,7 @@ def plan(
 
     The plan can be printed, edited (``plan.override("*.down_proj", "w8a16")``) and given to ``quantize`` as its config.
     """
-    _check_model(model)
+    check_model(model)
     settings = as_config(config)
     find_backend(device, to_run=False)
     sites = _find_sites(model, settings, example_inputs)[0]
@@ -125,7 +122,7 @@ def quantize(
     that turn out NaN or infinite are a CalibrationError, too; the model is then quantized up to that block only.
     """
     started, timeline = time.perf_counter(), Timeline()
-    _check_model(model)
+    check_model(model)
     settings = None if isinstance(config, Plan) else as_config(config)
     rare = RareExperts(rare_experts, expert_tokens)
     find_backend(config.device if isinstance(config, Plan) else device)
@@ -133,7 +130,7 @@ def quantize(
     division = None if mesh is None else _division(mesh, ep, graph, sites, experts)
     if settings is None:
         assert isinstance(config, Plan)
-        decided = _checked_plan(config, sites)
+        decided = checked_plan(config, sites)
     else:
         decided = make_plan(settings.without_budget(), sites, device, _other_bytes(model, sites))
     amount = settings.budget if settings else None
@@ -142,7 +139,7 @@ def quantize(
     inputs, notes = _calibration_inputs(
         model, decided, graph, example_inputs, data, tokenizer, samples, sequence, bool(amount)
     )
-    _check_weights(model, decided, experts)
+    check_weights(model, decided, experts)
     frontier: tuple[FrontierPoint, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     if settings is not None and amount:
@@ -169,8 +166,8 @@ def quantize(
     )  # fmt: skip
     quantized = calibration.run(progress)
     results = tuple(quantized.get(p.site.name) or SiteResult(p, p.bytes_after) for p in decided)
-    _check_coverage(model, decided)
-    records = _rewrite(graph, decided, model) if graph is not None else ()
+    check_coverage(model, decided)
+    records = rewrite_graph(graph, decided, model) if graph is not None else ()
     notes += (*calibration.notes, *_untie(model, decided))
     timeline.mark("rewritten")
     report_ = Report(
@@ -259,28 +256,6 @@ def export(
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        hint = "; load it first, for example by AutoModelForCausalLM.from_pretrained" if isinstance(model, str) else ""
-        raise ConfigError(f"expected a torch.nn.Module, not {type(model).__name__} {str(model)[:80]!r}{hint}")
-    for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ConfigError(
-                f"{name or 'this model'} is already compiled: quantize first, then "
-                "torch.compile(model, backend='qcompile')"
-            )
-    if modules := quantized_modules(model):
-        raise ConfigError(
-            f"{type(model).__name__} is already quantized ({next(iter(modules))} and {len(modules) - 1} more); "
-            "qcompile.dequantize(model) would undo it"
-        )
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            f"{type(model).__name__} was loaded by transformers with {type(model.hf_quantizer).__name__}; "
-            "load the float model, or use qcompile.load for a quantized checkpoint"
-        )
-
-
 def _find_sites(
     model: nn.Module, config: QuantConfig | None, example_inputs: tuple[Any, ...] | None
 ) -> tuple[tuple[Site, ...], GraphModule | None, tuple[ExpertsLayout, ...]]:
@@ -310,35 +285,8 @@ def _other_bytes(model: nn.Module, sites: tuple[Site, ...]) -> int:
     return total - sum(site.float_bytes for site in sites)
 
 
-def _checked_plan(plan: Plan, sites: tuple[Site, ...]) -> Plan:
-    found = {site.name: site for site in sites}
-    for planned in plan:
-        if found.get(planned.site.name) != planned.site:
-            raise ConfigError(
-                f"the plan was made for another model: its site {planned.site.name} is "
-                f"{planned.site}, this model's is {found.get(planned.site.name)}"
-            )
-    return plan
-
-
 def _float_module(model: nn.Module, planned: PlannedSite) -> nn.Linear | FloatWeight:
     return cast(nn.Linear | FloatWeight, model.get_submodule(planned.site.name))
-
-
-def _check_weights(model: nn.Module, plan: Plan, experts: tuple[ExpertsLayout, ...]) -> None:
-    """CalibrationError for a planned weight that is not loaded or not finite; nothing has been touched yet."""
-    of_experts = projections(experts)
-    for planned in plan.quantized:
-        name = planned.site.name
-        if name in of_experts:
-            layout, projection = of_experts[name]
-            label, weights = name, parts(model.get_submodule(layout.name), layout, projection)
-        else:
-            label, weights = f"{name}.weight", [_float_module(model, planned).weight]
-        if any(weight.device.type == "meta" for weight in weights):
-            raise CalibrationError(f"{label} is on the meta device: load the weights before quantizing")
-        if not all(numerics.is_finite(weight) for weight in weights):
-            raise CalibrationError(f"{label} holds NaN or infinite values; nothing was quantized")
 
 
 def _calibration_inputs(
@@ -424,35 +372,6 @@ def _quantize_site(model: nn.Module, planned: PlannedSite, packed: PackedWeight 
     return result
 
 
-def _rewrite(graph: GraphModule, plan: Plan, model: nn.Module) -> tuple[PassRecord, ...]:
-    """Rewrite the exported graph like the model; PassError names every planned site that is not in the graph."""
-    from .passes.base import Pass
-    from .passes.quantize_experts import QuantizeExperts
-    from .passes.quantize_linear import QuantizeLinear
-
-    nodes: dict[int, Node] = {}  # one per tensor: sites that share a static scale must be seen to do so
-    first = first_names(model)
-    names = {module: name for name, module in model.named_modules()}
-
-    def attributes(module: nn.Module, tensors: Sequence[Tensor], node: Node) -> list[Node]:
-        for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            if id(tensor) not in nodes and any(tensor is wanted for wanted in tensors):
-                nodes[id(tensor)] = attribute(graph, node.graph, f"{names[module]}.{name}", tensor)
-        return [nodes[id(tensor)] for tensor in tensors]
-
-    def of_linear(planned: PlannedSite, node: Node) -> tuple[list[Node], list[Node]]:
-        module = cast(QuantWeight, model.get_submodule(planned.site.name))
-        return attributes(module, module.tensors(), node), attributes(module, module.params(), node)
-
-    def name_of(node: Node) -> str:
-        return first.get(module_name(node), "")
-
-    linears = {p.site.name: p for p in plan.quantized if p.site.kind == "linear"}
-    experts = {name: module for module, name in names.items() if isinstance(module, QuantExperts)}
-    passes: list[Pass] = [QuantizeLinear(name_of, linears, of_linear), QuantizeExperts(name_of, experts, attributes)]
-    return tuple(run_pass(rewrite, graph) for rewrite in passes if rewrite.expected)
-
-
 def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     """A quantized lm_head no longer shares the embedding's weight; the config must not claim that it does."""
     tied = [p.site for p in plan.quantized if p.site.tied_to]
@@ -460,10 +379,3 @@ def _untie(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     if config is not None and any(site.role == "lm_head" for site in tied):
         config.tie_word_embeddings = False
     return tuple(f"{site.name} shared its weight with {site.tied_to}: each has its own now" for site in tied)
-
-
-def _check_coverage(model: nn.Module, plan: Plan) -> None:
-    """What the plan says is quantized must be quantized in the model."""
-    modules = quantized_modules(model)
-    if missing := [p.site.name for p in plan.quantized if p.site.name not in modules]:
-        raise UnsupportedError(f"planned but not quantized in the model: {', '.join(missing)}")

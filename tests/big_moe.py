@@ -12,11 +12,11 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qcompile import api
 from qcompile.config import QuantConfig
 from qcompile.float_experts import fuse
 from qcompile.modules import module_of, replace_module
 from qcompile.planning import make_plan
+from qcompile.rewriting import rewrite_graph
 from qcompile.trace import trace
 from qcompile.types import PackedWeight, PlannedSite
 
@@ -62,7 +62,7 @@ def measure(shape: str) -> dict:
     for planned in plan.quantized:
         module = model.get_submodule(planned.site.name)
         replace_module(model, module, module_of(planned, empty(planned), module.bias))
-    records = api._rewrite(traced.graph, plan, model)
+    records = rewrite_graph(traced.graph, plan, model)
     at.append(time.perf_counter())
     return {
         "parameters": parameters,

@@ -144,6 +144,6 @@ def test_coverage_below_the_plan_names_the_sites(monkeypatch):
 
 
 def test_a_site_that_the_graph_lacks_is_named(monkeypatch):
-    monkeypatch.setattr("qcompile.api.module_name", lambda node: "")
+    monkeypatch.setattr("qcompile.rewriting.module_name", lambda node: "")
     with pytest.raises(PassError, match=r"quantize_linear matched 0 of 2: first: no linear node .*; last: no"):
         quantize(TinyMLP(), example_inputs=(x(),))
