@@ -3,8 +3,10 @@
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf diskcache   # builds it for this CPU
     python benchmarks/cpu_decode.py --llama
 
-On a CPU with AMX not with GCC 12: it drops ggml's configuration of the tiles, and the process ends at an illegal
-instruction.
+On a CPU with AMX not with GCC 12, whose build ends at an illegal instruction as soon as a tile is used. Without AMX:
+
+    on() { for name in "$@"; do printf -- '-DGGML_%s=ON ' "$name"; done; }
+    CMAKE_ARGS="-DGGML_NATIVE=OFF $(on AVX AVX2 FMA F16C BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16)" pip ...
 """
 
 from __future__ import annotations
