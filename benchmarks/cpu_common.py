@@ -186,6 +186,9 @@ def cpu_name() -> str:
 def run(description: str, schemes: list[str], what: str) -> None:
     """Build, compile, measure and report ``what``: "decode" or "prefill"."""
     chosen = options(description, schemes)
+    if what == "prefill" and not chosen.both:
+        chosen.tokens = 1
+        chosen.rounds *= 4
     variants = runners(chosen)
     prefills, steps = measure(chosen, variants)
     found = {"decode": (steps, 1), "prefill": (prefills, chosen.prompt)}
