@@ -7,7 +7,6 @@ from torch import Tensor
 
 from . import native
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WIDTH = 16  # of which the elements of a head are a multiple
 
 
@@ -16,7 +15,7 @@ class Attend:
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str:
         """Why ATen's attention computes it instead; "" when it need not."""
-        if not (q.dtype == k.dtype == v.dtype) or q.dtype not in _DTYPES:
+        if not (q.dtype == k.dtype == v.dtype) or q.dtype not in native.DTYPES:
             return f"it computes bfloat16, float16 and float32, all in one of them, not {q.dtype}, {k.dtype}, {v.dtype}"
         widths = q.shape[3], v.shape[3]
         if any(not isinstance(width, int) or width % _WIDTH for width in widths):

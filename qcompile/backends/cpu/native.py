@@ -29,6 +29,8 @@ from ...errors import ConfigError, UnsupportedError, did_you_mean
 LIBRARY = "qcompile_cpu"
 ISA_VARIABLE = "QCOMPILE_CPU_ISA"
 CACHE_VARIABLE = "QCOMPILE_CACHE_DIR"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the ops compute."""
 
 _AVX2 = ("mavx2", "mfma", "mf16c")
 _AVX512 = (*_AVX2, "mavx512f", "mavx512dq", "mavx512vl", "mavx512bw", "DQCOMPILE_AVX512")

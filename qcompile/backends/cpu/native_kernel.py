@@ -24,7 +24,6 @@ from . import native
 PANEL = 64  # output channels that are stored together; the others are padded
 STEP = 8  # input features that are stored together
 LONGEST = 32768  # input features that share one scale of integer activations, at most: 32-bit sums hold their products
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Prepared(NamedTuple):
@@ -68,7 +67,7 @@ class Native(Kernel):
         weight = scheme.weight
         if not self.computes(scheme):
             return f"computes integer weights, not {scheme}"
-        if site.dtype not in _DTYPES:
+        if site.dtype not in native.DTYPES:
             return f"computes bfloat16, float16 and float32, not {site.dtype}"
         if weight.group_size is not None and weight.group_size % STEP:
             return f"group size {weight.group_size} is no multiple of {STEP}"
