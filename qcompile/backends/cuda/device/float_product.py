@@ -30,20 +30,46 @@ def float_product(
         return
     om = first + tl.arange(0, BM)
     on = pn * BN + tl.arange(0, BN)
+    tiles = pn * (BN // 16) + tl.arange(0, BN // 16)
     live = om < end
-    start = split * split_columns
+    acc = float_sums(
+        x + om.to(tl.int64) * stride_x, live, codes, words, expert, tiles, on, split * split_columns, split_columns,
+        columns, stored_out, stored_columns, BITS, WGMMA, GROUP, CENTERED, EVEN, POST, BM, BN, BK, STAGES, PTX, WIDE,
+    )  # fmt: skip
+    written = live[None, :] & (on[:, None] < out)
+    y += om[None, :].to(tl.int64) * out + on[:, None]
+    if PARTIAL:
+        tl.store(y + split.to(tl.int64) * rows * out, acc, mask=written)
+    else:
+        if HAS_BIAS:
+            acc += tl.load(bias + on, mask=on < out, other=0.0).to(tl.float32)[:, None]
+        tl.store(y, acc.to(DTYPE), mask=written)
+
+
+@triton.jit
+def float_sums(
+    x, live, codes, words, expert, tiles, on, start, length, columns, stored_out, stored_columns,
+    BITS: tl.constexpr, WGMMA: tl.constexpr, GROUP: tl.constexpr, CENTERED: tl.constexpr, EVEN: tl.constexpr,
+    POST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM]: the channels ``on`` of an expert's weight times rows of x, over ``length`` columns.
+
+    x: where each row begins, [BM]; live: which of them are read. tiles: those of 16 channels that ``on`` is made of.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
     width: tl.constexpr = BK * BITS * 2
     stored_row = stored_columns * (BITS * 2)
-    tiles = (expert * (stored_out // 16) + pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
+    tiles = (expert * (stored_out // 16) + tiles).to(tl.int64)
     codes += tiles[:, None] * stored_row + start * (BITS * 2) + tl.arange(0, width)[None, :]
     ok = start + tl.arange(0, BK)
-    x += om[None, :].to(tl.int64) * stride_x + ok[:, None]
+    x = x[None, :] + ok[:, None]
     groups = (stored_columns // GROUP) if GROUP else 1
     words += expert.to(tl.int64) * groups * stored_out
     if GROUP == 0:
         word = tl.load(words + on)
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in tl.range(0, split_columns, BK, num_stages=STAGES):  # said here, every load is pipelined
+    for k in tl.range(0, length, BK, num_stages=STAGES):  # said here, every load is pipelined
         stored = tl.load(codes)
         mask = live[None, :] if EVEN else live[None, :] & (ok[:, None] + k < columns)
         inputs = tl.load(x, mask=mask, other=0.0)
@@ -71,11 +97,4 @@ def float_product(
         x += BK
     if GROUP == 0:
         acc *= scales_of(word, DTYPE)[:, None]
-    written = live[None, :] & (on[:, None] < out)
-    y += om[None, :].to(tl.int64) * out + on[:, None]
-    if PARTIAL:
-        tl.store(y + split.to(tl.int64) * rows * out, acc, mask=written)
-    else:
-        if HAS_BIAS:
-            acc += tl.load(bias + on, mask=on < out, other=0.0).to(tl.float32)[:, None]
-        tl.store(y, acc.to(DTYPE), mask=written)
+    return acc

@@ -32,24 +32,53 @@ def scaled_product(
         return
     om = first + tl.arange(0, BM)
     on = pn * BN + tl.arange(0, BN)
+    tiles = pn * (BN // 16) + tl.arange(0, BN // 16)
     live = om < end
-    start = split * split_columns
+    acc = scaled_sums(
+        x + om.to(tl.int64) * stride_x, live, x_scale, om * x_scale_row, codes, scales, expert, tiles, on,
+        split * split_columns, split_columns, out, columns, stored_out, stored_columns, scale_expert, scale_row,
+        scale_group, KIND, GROUP, WORDS, SCALE_ROWS, X_GROUPED, EVEN, BM, BN, BK, STAGES, PTX,
+    )  # fmt: skip
+    written = live[None, :] & (on[:, None] < out)
+    y += om[None, :].to(tl.int64) * out + on[:, None]
+    if PARTIAL:
+        tl.store(y + split.to(tl.int64) * rows * out, acc, mask=written)
+    else:
+        if not X_GROUPED:
+            acc *= tl.load(x_scale + om * x_scale_row, mask=live, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias + on, mask=on < out, other=0.0).to(tl.float32)[:, None]
+        tl.store(y, acc.to(y.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def scaled_sums(
+    x, live, x_scale, x_scales, codes, scales, expert, tiles, on, start, length, out, columns, stored_out,
+    stored_columns, scale_expert, scale_row, scale_group,
+    KIND: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUPED: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM]: the channels ``on`` of an expert's weight times rows of x, over ``length`` columns.
+
+    x: where each row begins, [BM]; live: which of them are read; x_scales: where in x_scale theirs begin, which is
+    applied if X_GROUPED. tiles: those of 16 channels that ``on`` is made of.
+    """
     ok = start + tl.arange(0, BK)
     if KIND == "int4":
         width: tl.constexpr = BK * 8
-        tiles = (expert * (stored_out // 16) + pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
+        tiles = (expert * (stored_out // 16) + tiles).to(tl.int64)
         codes += tiles[:, None] * (stored_columns * 8) + start * 8 + tl.arange(0, width)[None, :]
     else:
         width: tl.constexpr = BK
         codes += (expert * stored_out + on).to(tl.int64)[:, None] * stored_columns + ok[None, :]
-    x += om[None, :].to(tl.int64) * stride_x + ok[:, None]
+    x = x[None, :] + ok[:, None]
     scales += expert.to(tl.int64) * scale_expert
     own = (on // SCALE_ROWS) * scale_row
     if KIND == "fp8" or GROUP:
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BN, BM), tl.int32)
-    for k in tl.range(0, split_columns, BK, num_stages=STAGES):
+    for k in tl.range(0, length, BK, num_stages=STAGES):
         stored = tl.load(codes)
         mask = live[None, :] if EVEN else live[None, :] & (ok[:, None] + k < columns)
         inputs = tl.load(x, mask=mask, other=0.0)
@@ -67,7 +96,7 @@ def scaled_product(
         if GROUP:
             part = part.to(tl.float32) * scale[:, None]
             if X_GROUPED:
-                part *= tl.load(x_scale + om * x_scale_row + group, mask=live, other=0.0)[None, :]
+                part *= tl.load(x_scale + x_scales + group, mask=live, other=0.0)[None, :]
         acc += part
         codes += width
         x += BK
@@ -76,16 +105,7 @@ def scaled_product(
         acc *= _scale(scales + own, on < out, WORDS)[:, None]
     if KIND == "int4":
         acc *= 0.0625  # codes were multiplied in the upper half of a byte
-    written = live[None, :] & (on[:, None] < out)
-    y += om[None, :].to(tl.int64) * out + on[:, None]
-    if PARTIAL:
-        tl.store(y + split.to(tl.int64) * rows * out, acc, mask=written)
-    else:
-        if not X_GROUPED:
-            acc *= tl.load(x_scale + om * x_scale_row, mask=live, other=0.0)[None, :]
-        if HAS_BIAS:
-            acc += tl.load(bias + on, mask=on < out, other=0.0).to(tl.float32)[:, None]
-        tl.store(y, acc.to(y.dtype.element_ty), mask=written)
+    return acc
 
 
 @triton.jit
