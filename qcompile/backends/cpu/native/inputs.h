@@ -5,14 +5,26 @@
 
 namespace qcompile {
 
+constexpr int64_t kAlias = 4096;  // bytes from one address to the next that the same places of a first-level cache hold
+
 inline Tensor matrix(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
 // x [rows, in] with zeros, or with the zero point of each row, up to `features` columns: without any, x itself.
+//
+// Rows that begin a multiple of 4 KB apart share the few places of a cache that their address allows, so that a tile of
+// 16 rows evicts itself: those are copied with a gap (at 4096 features of bfloat16 a tenth faster).
 inline Tensor widened(const Tensor& x, int64_t features, const optional<Tensor>& zeros = std::nullopt) {
-  const int64_t missing = features - x.size(1);
-  if (missing == 0) return x;
-  if (!zeros) return at::constant_pad_nd(x, {0, missing});
-  return at::cat({x, zeros->reshape({-1, 1}).to(x.scalar_type()).expand({x.size(0), missing})}, 1);
+  const int64_t missing = features - x.size(1), bytes = features * x.element_size();
+  const int64_t gap = bytes % kAlias == 0 ? 64 / x.element_size() : 0;
+  if (missing == 0 && gap == 0) return x;
+  Tensor wide = at::empty({x.size(0), features + gap}, x.options()).narrow(1, 0, features);
+  wide.narrow(1, 0, x.size(1)).copy_(x);
+  if (missing > 0) {
+    Tensor rest = wide.narrow(1, x.size(1), missing);
+    if (zeros) rest.copy_(zeros->reshape({-1, 1}));
+    else rest.zero_();
+  }
+  return wide;
 }
 
 template <class Function>
@@ -20,7 +32,6 @@ bool any(const std::vector<Item>& items, Function f) { return std::any_of(items.
 
 // Floats [rows, in]
 struct FloatInputs {
-  static constexpr int64_t kBytes = 2;
   Tensor x, wide_x;
   int64_t planes;
   optional<Activations<Wide>> integers;
@@ -46,7 +57,7 @@ struct FloatInputs {
   }
 
   void multiply(const Job& job, const Item& item, int64_t panel, Scratch& scratch) const {
-    if (tiled(item)) return multiply_tiled(job.weight, wide_x.data_ptr<at::BFloat16>(), item, panel, job.out, scratch);
+    if (tiled(item)) return multiply_tiled(job.weight, wide_x, item, panel, job.out, scratch);
 #if defined(QCOMPILE_VNNI)
     if (few(item)) {
       if (job.weight.four_bits) return multiply_few<true>(job.weight, *bytes, item, panel, job.out, scratch);
@@ -64,7 +75,7 @@ struct CodeInputs {
 #else
   using Mode = Wide;
 #endif
-  static constexpr int64_t planes = 1, kBytes = 1;
+  static constexpr int64_t planes = 1;
   Codes x;
   optional<Activations<Mode>> integers;
   Tensor wide_x;

@@ -49,7 +49,7 @@ std::vector<Tensor> multiplied(Inputs inputs, at::IntArrayRef sizes, const std::
     results.push_back(at::empty(shape, at::TensorOptions(dtype)));
     const Output out{static_cast<char*>(results[i].data_ptr()), type_of(dtype), out_features[i],
                      bias ? added[i].data_ptr<float>() : nullptr};
-    jobs.push_back({weight, items_of(ends, weight, panels, rows, inputs.planes, Inputs::kBytes), out});
+    jobs.push_back({weight, items_of(ends, weight, panels, rows, inputs.planes), out});
     inputs.prepare(weight, jobs.back().items);
   }
   run(jobs, [&](const Job& job, const Item& item, int64_t panel, Scratch& scratch) {

@@ -69,8 +69,9 @@ inline void dequantize_panel(const Weight& weight, int64_t stored, int64_t begin
 }
 
 // x [rows, features] of bfloat16
-inline void multiply_tiled(const Weight& weight, const at::BFloat16* x, const Item& item, int64_t panel,
-                           const Output& out, Scratch& scratch) {
+inline void multiply_tiled(const Weight& weight, const Tensor& x, const Item& item, int64_t panel, const Output& out,
+                           Scratch& scratch) {
+  const auto* first = x.data_ptr<at::BFloat16>() + item.begin * x.stride(0);
   const int64_t rows = item.rows(), stored = item.expert * weight.panels + panel, slab = std::min(kSlab, weight.features);
   float* sums = scratch.sums.room(rows * kPanel);
   uint8_t* space = scratch.space.room(slab * kPanel * sizeof(at::BFloat16));
@@ -79,9 +80,8 @@ inline void multiply_tiled(const Weight& weight, const at::BFloat16* x, const It
     const int64_t end = std::min(begin + slab, weight.features);
     if (weight.four_bits) dequantize_panel<true>(weight, stored, begin / kStep, end / kStep, space);
     else dequantize_panel<false>(weight, stored, begin / kStep, end / kStep, space);
-    at::native::cpublas::brgemm(rows, kPanel, end - begin, weight.features, kPanel, kPanel, begin > 0,
-                                x + item.begin * weight.features + begin, reinterpret_cast<at::BFloat16*>(space),
-                                sums, true);
+    at::native::cpublas::brgemm(rows, kPanel, end - begin, x.stride(0), kPanel, kPanel, begin > 0, first + begin,
+                                reinterpret_cast<at::BFloat16*>(space), sums, true);
   }
   finish(item.begin, rows, panel, out, [&](int64_t i, int v) { return load<Floats>(sums + i * kPanel + v * kLanes); });
 }
@@ -101,7 +101,7 @@ inline void multiply_tiled(const Weight& weight, const Codes& x, const Item& ite
   float* sums = scratch.sums.room(weight.groups > 1 ? rows * kPanel : 0);
   uint8_t* space = scratch.space.room(weight.four_bits ? group * kPanel : 0);
   scratch.tiles = true;
-  const auto* rows_of_x = x.codes.data_ptr<int8_t>() + item.begin * weight.features;
+  const auto* rows_of_x = x.codes.data_ptr<int8_t>() + item.begin * x.codes.stride(0);
   const uint8_t* codes = weight.codes + stored * weight.features * kPanel / (weight.four_bits ? 2 : 1);
   for (int64_t index = 0; index < weight.groups; ++index) {
     const int64_t first = (stored * weight.groups + index) * kPanel;
@@ -113,7 +113,7 @@ inline void multiply_tiled(const Weight& weight, const Codes& x, const Item& ite
       factors = space;
     }
     codes += group * kPanel / (weight.four_bits ? 2 : 1);
-    at::native::cpublas::brgemm(rows, kPanel, group, weight.features, kPanel, kPanel, false,
+    at::native::cpublas::brgemm(rows, kPanel, group, x.codes.stride(0), kPanel, kPanel, false,
                                 reinterpret_cast<const signed char*>(rows_of_x + index * group),
                                 reinterpret_cast<const signed char*>(factors), integers, true);
     Floats scales[kVectors];
