@@ -15,6 +15,20 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]
 
 
+class _Once:
+    """What ``function`` makes of the last x, which is held: another tensor could get its ``id`` otherwise."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        self.function = function
+        self.x: Tensor | None = None
+        self.made: object = None
+
+    def __call__(self, x: Tensor) -> object:
+        if x is not self.x:
+            self.made, self.x = self.function(x), x
+        return self.made
+
+
 def _matmul_nbits(level: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
     """ONNX Runtime's operator; level 4: activations in int8, 0: in float32. On CPUs it takes float32, given as such."""
 
@@ -43,15 +57,8 @@ def _matmul_nbits(level: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # nor may it keep one busy
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, ["CPUExecutionProvider"])
-        given: dict[int, object] = {}
-
-        def run(x: Tensor) -> Tensor:
-            if id(x) not in given:
-                given.clear()
-                given[id(x)] = x.float().numpy()
-            return torch.from_numpy(session.run(None, {"x": given[id(x)]})[0])
-
-        return run
+        floats = _Once(lambda x: x.float().numpy())
+        return lambda x: torch.from_numpy(session.run(None, {"x": floats(x)})[0])
 
     return make
 
@@ -84,13 +91,14 @@ def _openvino(bits: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
             "ENABLE_CPU_PINNING": False,  # or all that comes after it in this process shares one core
         }
         request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-        given: dict[int, object] = {}
+
+        def give(x: Tensor) -> None:
+            request.set_input_tensor(openvino.Tensor(x.float().numpy(), shared_memory=False))
+
+        given = _Once(give)
 
         def run(x: Tensor) -> Tensor:
-            if id(x) not in given:
-                given.clear()
-                given[id(x)] = openvino.Tensor(x.float().numpy(), shared_memory=False)
-                request.set_input_tensor(given[id(x)])
+            given(x)
             request.infer()
             return torch.from_numpy(request.get_output_tensor().data)
 

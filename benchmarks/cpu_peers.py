@@ -126,8 +126,9 @@ class Case:
         """Median seconds of a call of each variant."""
         x = torch.randn(rows, self.inn).bfloat16()
         taken: dict[str, list[float]] = {name: [] for name in self.variants}
-        for variant in self.variants.values():
-            variant(x)
+        for name, variant in self.variants.items():
+            if (shape := tuple(variant(x).shape)) != (rows, self.out):
+                raise RuntimeError(f"{name} computed {shape} of {rows} rows and {self.out} channels")
         end = time.perf_counter() + seconds * len(taken)
         while time.perf_counter() < end or len(taken["bfloat16"]) < 15:
             for name, variant in self.variants.items():
