@@ -3,7 +3,7 @@
     python benchmarks/cuda_experts.py                       # the layers of Qwen3-30B-A3B, 1 to 1024 tokens
     python benchmarks/cuda_experts.py --device cpu          # a dry run without a GPU
 
-The whole layer is timed: sorting, both products, the activation and the weighted sum; each scheme is checked first.
+The whole layer is timed: routing, both products, the activation and the weighted sum; each scheme is checked first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from qcompile import numerics
 from qcompile.backends.cuda import BACKEND
 from qcompile.kernels import choose
 from qcompile.moe import run_float_experts
-from qcompile.ops import compute_experts
 from qcompile.types import PackedWeight, Site
 
 QWEN = (128, 8, 2048, 768)  # experts, chosen, hidden and intermediate size
@@ -52,11 +51,14 @@ class Layer:
     def compute(self, x: Tensor, ids: Tensor, routing: Tensor, *tensors: Tensor) -> Tensor:
         """As a compiled graph does."""
         half = len(tensors) // 2
-        return compute_experts(
+        arguments = (
             [x], ids, routing, list(tensors[:half]), None, [], list(tensors[half:]), None, [],
             f"{self.name}|{self.name}", f"{self.kernel}|{self.kernel}", "silu",
             [self.experts, self.hidden, self.intermediate], x.dtype,
         )  # fmt: skip
+        operation = BACKEND.operations["quant_experts"]
+        assert not operation.refuses(*arguments), operation.refuses(*arguments)
+        return operation.compute(*arguments)
 
     def floats(self) -> list[Tensor]:
         """The same weights in bfloat16."""

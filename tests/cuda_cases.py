@@ -109,6 +109,35 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The experts of a layer: both weights, as they are stored and as a kernel has them."""
+
+    scheme: Scheme
+    kernel: str
+    sizes: tuple[int, int, int]
+    up: PackedWeight
+    down: PackedWeight
+    tensors: tuple[list[torch.Tensor], list[torch.Tensor]]
+
+    def arguments(self, x: torch.Tensor, ids: torch.Tensor, routing: torch.Tensor, activation: str = "silu") -> tuple:
+        """Of ``qcompile::quant_experts``."""
+        up, down = self.tensors
+        schemes, kernels = f"{self.scheme}|{self.scheme}", f"{self.kernel}|{self.kernel}"
+        return ([x], ids, routing, up, None, [], down, None, [], schemes, kernels, activation, self.sizes, x.dtype)
+
+
+@functools.cache
+def expert_layer(scheme: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, arch: str) -> Layer:
+    """sizes: experts, how many are chosen, hidden and intermediate size."""
+    parsed, (experts, _, hidden, intermediate) = Scheme.parse(scheme), sizes
+    up = packed_weight(parsed, (experts, 2 * intermediate, hidden), dtype)
+    down = packed_weight(parsed, (experts, hidden, intermediate), dtype)
+    kernel = kernel_for(parsed, arch, dtype, experts)
+    tensors = kernel.prepare(up), kernel.prepare(down)
+    return Layer(parsed, f"cuda.{kernel.name}", (experts, hidden, intermediate), up, down, tensors)
+
+
+@dataclass(frozen=True)
 class Case:
     """One compiled kernel: for a GPU, a scheme, a number of rows and a stored weight."""
 
@@ -120,6 +149,7 @@ class Case:
     experts: int
     out: int
     columns: int
+    part: str = ""  # of a layer of experts, whose 8 experts of a token make as many rows: "gate_up" or "down"
 
     @property
     def capability(self) -> int:
@@ -148,12 +178,16 @@ class Case:
         )
 
     def kernel(self):
-        from qcompile.backends.cuda.device import float_product, scaled_product
+        from qcompile.backends.cuda.device import expert_products, float_product, scaled_product
 
+        if self.part:
+            return getattr(expert_products, self.part)
         return scaled_product.scaled_product if self.kind else float_product.float_product
 
     @property
     def types(self) -> dict[str, str]:
+        if self.part:
+            return self.expert_types
         result = "*fp32" if self.tiles.splits > 1 else f"*{self.dtype}"
         if not self.kind:
             return {"x": f"*{self.dtype}", "codes": "*u8", "words": "*i32", "ends": "*i32", "y": result}
@@ -161,9 +195,36 @@ class Case:
         scales = "*fp32" if self.kind == "fp8" else "*i32"
         return {"x": x, "x_scale": "*fp32", "codes": codes, "scales": scales, "ends": "*i32", "y": result}
 
+    @property
+    def expert_types(self) -> dict[str, str]:
+        one = Case(
+            self.label, self.arch, self.scheme, self.dtype, self.rows, self.experts, self.out, self.columns
+        ).types
+        own = {"ids": "*i64", "order": "*i64", "routing": "*fp32", "scales": "*i32", "x_scale": "*fp32"}
+        return {**own, **one, "y": "*fp32" if self.expert_splits > 1 else f"*{self.dtype}"}
+
+    @property
+    def expert_splits(self) -> int:
+        if self.part == "gate_up" or not tiles.each_row(self.rows, self.experts):
+            return 1
+        return tiles.expert_splits(self.rows // 8, 8, self.out, targets.parse(self.arch))
+
+    def expert_constants(self) -> dict:
+        from qcompile.backends.cuda.device import launch_experts
+
+        kernel = kernel_for(self.scheme, self.arch, experts=self.experts)
+        words, grouped = "bf16" if self.kind.startswith("int") else "", self.scheme.weight.block is not None
+        own = launch_experts.weight_constants(self.tiles, self.experts, self.scheme, kernel, words, grouped, self.out)
+        own |= {"K": 8, "EVEN": True, "PTX": True, "WIDE": False} | ({} if self.kind else {"x_scale": None})
+        if self.part == "gate_up":
+            return own | launch_experts.gate_constants("silu")
+        return own | {"SLOTS": 8 // self.expert_splits, "PARTIAL": self.expert_splits > 1}
+
     def constants(self) -> dict:
         from qcompile.backends.cuda.device import launch
 
+        if self.part:
+            return self.expert_constants()
         weight, chosen = self.scheme.weight, self.tiles
         partial = chosen.splits > 1
         common = launch.common_constants(chosen, self.experts, partial, None)
@@ -209,4 +270,13 @@ def cases() -> list[Case]:
     add("w4a16_g128", 32)
     add("w4a16_g128", 512)
     add("w4a16_g128", 512, experts=128)
+    for arch, scheme, part, pairs in (
+        ("sm_90", "w4a16_g128", "gate_up", 8), ("sm_90", "w4a16_g128", "down", 64),
+        ("sm_90", "w4a8_g128", "gate_up", 512), ("sm_90", "w8a8", "down", 8),
+        ("sm_90", "wfp8afp8_b128x128", "gate_up", 32768), ("sm_80", "w4a16_g128", "gate_up", 64),
+        ("sm_80", "w4a16_g128", "down", 8),
+    ):  # fmt: skip
+        out, columns = (1536, 2048) if part == "gate_up" else (2048, 768)
+        label = f"{arch} {scheme} bf16 {part} of {pairs} pairs"
+        found.append(Case(label, arch, Scheme.parse(scheme), "bf16", pairs, 128, out, columns, part))
     return found

@@ -48,7 +48,7 @@ def compiled(kernel, capability: int, types: dict[str, str], constants: dict, wa
     from triton.compiler import ASTSource, compile
 
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    odd = ("rows", "experts", *constants)
+    odd = ("rows", "pairs", "experts", *constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in odd}
     options = {"num_warps": warps, "num_stages": stages}
     source = ASTSource(kernel, signature, constants, aligned)

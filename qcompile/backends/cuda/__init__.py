@@ -7,13 +7,13 @@ how.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ...errors import UnsupportedError, did_you_mean
-from ...kernels import Kernel
-from . import ops  # noqa: F401  (a graph that was lowered elsewhere calls them)
+from ...kernels import Kernel, Operation
+from . import experts, ops  # noqa: F401  (a graph that was lowered elsewhere calls them)
 from .scaled import Fp8, Integers
 from .targets import target
 from .weight_only import WeightOnly
@@ -29,6 +29,8 @@ class CUDA:
         WeightOnly(4, "wgmma"), WeightOnly(4, "mma"), WeightOnly(8, "wgmma"), WeightOnly(8, "mma"), Integers(8),
         Integers(4), Fp8(), Kernel(),
     )  # fmt: skip
+
+    operations: Mapping[str, Operation] = {"quant_experts": experts.QuantExperts()}
 
     target = staticmethod(target)
 

@@ -16,7 +16,7 @@ from . import layouts
 LIBRARY = torch.library.Library("qcompile_cuda", "DEF")
 
 
-def _define(schema: str, on_gpu, on_cpu, fake) -> None:
+def define(schema: str, on_gpu, on_cpu, fake) -> None:
     """Register one op."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -106,14 +106,14 @@ def _fake_scaled_linear(x, x_scale, codes, scales, bias, ends, kind, group, scal
     return x.new_empty((x.shape[0], out), dtype=dtype)
 
 
-_define(
+define(
     "float_linear(Tensor x, Tensor codes, Tensor pairs, Tensor? bias, Tensor? ends, int bits, bool wgmma, int group, "
     "bool centered, int out, int splits) -> Tensor",
     _float_linear,
     _float_linear_cpu,
     _fake_float_linear,
 )
-_define(
+define(
     "scaled_linear(Tensor x, Tensor? x_scale, Tensor codes, Tensor scales, Tensor? bias, Tensor? ends, str kind, "
     "int group, int scale_rows, bool x_grouped, int out, int splits, ScalarType dtype) -> Tensor",
     _scaled_linear,

@@ -31,6 +31,10 @@ class ScaledKernel(TritonKernel):
     def __init__(self) -> None:  # one layout for all GPUs
         pass
 
+    def scale_rows(self, scheme: Scheme, out: int) -> int:
+        """Channels that share a scale."""
+        return 1
+
     def scaled_linear(
         self,
         x: Sequence[Tensor],
@@ -294,8 +298,11 @@ class Fp8(ScaledKernel):
         codes, scale = x
         stored, scales, *permutation = weight
         codes = in_stored_order(codes.view(torch.uint8), permutation, ends).view(torch.float8_e4m3fn)
-        rows = BLOCK[0] if scheme.weight.block else round_up(out, ROWS) if scheme.weight.per_tensor else 1
+        rows = self.scale_rows(scheme, out)
         return self._product(codes, scale, stored, scales, bias, ends, rows, scheme, out, dtype)
+
+    def scale_rows(self, scheme: Scheme, out: int) -> int:
+        return BLOCK[0] if scheme.weight.block else round_up(out, ROWS) if scheme.weight.per_tensor else 1
 
 
 def _stored(out: int, inn: int, scheme: Scheme) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ def choose(
 
     out and columns are those that are stored, multiples of 64. group: a step must not be longer than that.
     """
-    mode = DENSE if not experts else EACH_ROW if 2 * rows <= experts else BLOCKS
+    mode = DENSE if not experts else EACH_ROW if each_row(rows, experts) else BLOCKS
     each = rows if mode == DENSE else 1 if mode == EACH_ROW else -(-rows // experts)
     whole = min(group or 128, 128) if columns % 128 == 0 else 64
     if each > 64:
@@ -49,6 +49,23 @@ def choose(
     blocks = -(-each // bm) if mode == DENSE else rows
     splits = _splits(blocks * (out // bn), columns, bk, target)
     return Tiles(mode, bm, bn, bk, splits, 4 if target.has_wgmma or bits == 4 else 3, 4)
+
+
+def each_row(rows: int, experts: int) -> bool:
+    """Whether rows of experts are so few that hardly any two of them share one."""
+    return 2 * rows <= experts
+
+
+def expert_splits(tokens: int, chosen: int, out: int, target: Target) -> int:
+    """How many programs share the ``chosen`` experts of a token and 64 of its ``out`` channels."""
+    splits = 1
+    while (
+        tokens * (out // 64) * splits < 2 * target.multiprocessors
+        and splits < MOST_SPLITS
+        and not chosen % (2 * splits)
+    ):
+        splits *= 2
+    return splits
 
 
 def _many_rows(mode: int, each: int, out: int, bk: int, target: Target) -> Tiles:

@@ -31,3 +31,36 @@ def place(ends, rows, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl
             first = tl.sum(tl.where(own, begun, 0)) + (block - before) * BM
             end = tl.sum(tl.where(own, ended, 0))
     return expert, first, end
+
+
+@triton.jit
+def pairs_of(
+    ids, order, ends, pairs, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """(expert, its (token, slot) pairs [BM], which of them there are) of this program; none for one too many.
+
+    ids: the expert of each pair; others than 0 .. experts - 1 are computed elsewhere. MODE 1: a program has one pair,
+    and order and ends are not read; 2: order has the pairs sorted by expert, ends as for ``place``.
+    """
+    if MODE == 1:
+        expert = tl.load(ids + tl.program_id(1)).to(tl.int32)
+        live = tl.arange(0, BM) == 0
+        pair = tl.program_id(1) + tl.zeros((BM,), tl.int32)
+        some = (expert >= 0) & (expert < experts)
+    else:
+        expert, first, end = place(ends, pairs, experts, MODE, EXPERTS, BM)
+        row = first + tl.arange(0, BM)
+        live = row < end
+        pair = tl.load(order + row, mask=live, other=0).to(tl.int32)
+        some = first < end
+    return expert, pair, live, some
+
+
+@triton.jit
+def gate_and_up(pn, intermediate, BN: tl.constexpr):
+    """Half of the rows of tile ``pn`` are gates, the others the ups that belong to them: (16-row tiles, rows [BN])."""
+    half: tl.constexpr = BN // 2
+    row, tile = tl.arange(0, BN), tl.arange(0, BN // 16)
+    rows = pn * half + row + row // half * (intermediate - half)
+    tiles = pn * (half // 16) + tile + tile // (half // 16) * ((intermediate - half) // 16)
+    return tiles, rows
