@@ -12,8 +12,8 @@
 
 namespace qcompile {
 
-// Most rows of an item: their sums fit a cache beside a panel. Items begin at whole blocks of rows, because tiles are slow
-// at others: 1024 rows in pieces of 171 take 1.4 to 1.9 times as long as in pieces of 256 (Xeon with AMX, 2 cores).
+// Most rows of an item: their sums fit a cache beside a panel. Items begin at whole blocks of rows, because tiles are
+// slow at others: 1024 rows in pieces of 171 take 1.4 to 1.9 times as long as in pieces of 256 (Xeon with AMX, 2 cores).
 constexpr int64_t kMostRows = 256, kRowBlock = 32;
 
 // Rows of activations that meet the same expert; each row of the input is `planes` of them.
