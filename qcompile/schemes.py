@@ -62,9 +62,14 @@ class WeightType:
         if (self.group_size is not None) + (self.block is not None) + self.per_tensor > 1:
             raise ConfigError("a weight has one scale per group, per block or for the whole tensor: one of the three")
 
+    @property
+    def scale_columns(self) -> int | None:
+        """Input features that share a scale: those of a group or of a block; None where all of them do."""
+        return self.block[1] if self.block else self.group_size
+
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of ``in_features`` weights; the last one may be short."""
-        size = self.block[1] if self.block else self.group_size
+        size = self.scale_columns
         return 1 if size is None else math.ceil(in_features / size)
 
     def scale_rows(self, out_features: int) -> int:

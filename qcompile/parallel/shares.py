@@ -134,8 +134,10 @@ def misaligned(scheme: Scheme, site: Site, kind: str, parts: Sequence[Runs]) -> 
     weight, activation = scheme.weight, scheme.activation
     sizes = [("a block of rows", weight.block[0])] if kind == "column" and weight.block else []
     if kind == "row":
-        columns = weight.block[1] if weight.block else weight.group_size or 0
-        sizes = [("a group", columns), ("a group of activations", (activation and activation.group_size) or 0)]
+        sizes = [
+            ("a group", weight.scale_columns or 0),
+            ("a group of activations", (activation and activation.group_size) or 0),
+        ]
     whole = site.out_features if kind == "column" else site.in_features
     for what, size in sizes:
         for start, stop in (run for runs in parts for run in runs):

@@ -42,7 +42,7 @@ def cut(packed: PackedWeight, rows: Runs | None, columns: Runs | None) -> Packed
         out = length(rows)
     if columns is not None:
         codes = _columns(codes, columns, weight.bits, inn)
-        width = weight.block[1] if weight.block else weight.group_size
+        width = weight.scale_columns
         if width and scales.shape[1] > 1:
             groups = indices(_scaled(columns, Fraction(width), inn))
             scales, zeros = scales[:, groups], None if zeros is None else zeros[:, groups]

@@ -90,9 +90,8 @@ class ScaledKernel(TritonKernel):
 
         In several parts, for a known number of rows, or with a correction, the sums are finished in the graph.
         """
-        block = scheme.weight.block
-        group = block[1] if block else scheme.weight.group_size or 0
-        grouped = block is not None and x_scale.shape[-1] > 1
+        group = scheme.weight.scale_columns or 0
+        grouped = scheme.weight.block is not None and x_scale.shape[-1] > 1
         rows, splits = x.shape[0], 0
         stored = (codes.shape[-2] * 16, codes.shape[-1] // 8) if self.kind == "int4" else codes.shape[-2:]
         if isinstance(rows, int) and rows:

@@ -42,6 +42,10 @@ class WeightOnly(TritonKernel):
         bits = scheme.weight.bits
         return scheme.weight.number == "int" and scheme.activation is None and self.bits - 4 < bits <= self.bits
 
+    def is_centered(self, scheme: Scheme) -> bool:
+        """Whether every zero point is the middle of the stored codes, so that a kernel need not read it."""
+        return scheme.weight.symmetric and scheme.weight.bits == self.bits
+
     def refuses_on(self, gpu: Target, site: Site, scheme: Scheme) -> str:
         if site.dtype not in _DTYPES:
             return f"multiplies bfloat16 and float16, not {site.dtype}: load the model with one of them"
@@ -128,7 +132,7 @@ class WeightOnly(TritonKernel):
             splits = tiles.choose(rows, experts, pairs.shape[-2], columns, self.bits, current()).splits
         multiplied = torch.ops.qcompile_cuda.float_linear(
             x, codes, pairs, bias if splits < 2 else None, ends, self.bits, self.order == "wgmma",
-            scheme.weight.group_size or 0, scheme.weight.symmetric and scheme.weight.bits == self.bits, out,
+            scheme.weight.group_size or 0, self.is_centered(scheme), out,
             splits if splits > 1 else 0,
         )  # fmt: skip
         if splits < 2:

@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def gated(
-    gate, up, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr
-):  # fmt: skip
+def gated(gate, up, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """``f(gate) * up`` in float32, with the settings of a ``gates.Gate``; what is no number stays none."""
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)

@@ -130,10 +130,14 @@ def float_constants(chosen: Tiles, bits: int, wgmma: bool, group: int, centered:
 
 
 def common_constants(chosen: Tiles, experts: int, partial: bool, bias: Tensor | None) -> dict[str, int]:
-    """What every product is compiled for, of the call."""
+    """What every product of a graph is compiled for, of the call."""
+    return {**tile_constants(chosen, experts), "PARTIAL": partial, "HAS_BIAS": bias is not None and not partial}
+
+
+def tile_constants(chosen: Tiles, experts: int) -> dict[str, int]:
+    """What every kernel is compiled for, of its tiles and the number of experts."""
     shape = {"MODE": chosen.mode, "BM": chosen.bm, "BN": chosen.bn, "BK": chosen.bk, "STAGES": chosen.stages}
-    power = triton.next_power_of_2(max(1, experts))
-    return {**shape, "EXPERTS": power, "PARTIAL": partial, "HAS_BIAS": bias is not None and not partial}
+    return {**shape, "EXPERTS": triton.next_power_of_2(max(1, experts))}
 
 
 def _summed(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

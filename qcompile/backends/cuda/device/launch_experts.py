@@ -106,10 +106,9 @@ def down(
 
 def tiles_for(pairs: int, experts: int, out: int, columns: int, scheme: Scheme, kernel: Any, target: Any) -> Tiles:
     """Tiles for a stored weight [experts, out, columns]."""
-    weight = scheme.weight
     if scheme.activation is None:
         return tiles.choose(pairs, experts, out, columns, kernel.bits, target)
-    group = weight.block[1] if weight.block else weight.group_size or 0
+    group = scheme.weight.scale_columns or 0
     return tiles.choose(pairs, experts, out, columns, 4 if kernel.kind == "int4" else 8, target, 8, group)
 
 
@@ -117,14 +116,11 @@ def weight_constants(
     chosen: Tiles, experts: int, scheme: Scheme, kernel: Any, words: str, grouped: bool, out: int
 ) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    weight = scheme.weight
-    shape = {"MODE": chosen.mode, "BM": chosen.bm, "BN": chosen.bn, "BK": chosen.bk, "STAGES": chosen.stages}
-    shape |= {"EXPERTS": triton.next_power_of_2(max(1, experts))}
+    shape, group = launch.tile_constants(chosen, experts), scheme.weight.scale_columns or 0
     if scheme.activation is None:
-        centered = weight.symmetric and weight.bits == kernel.bits
-        own = launch.float_constants(chosen, kernel.bits, kernel.order == "wgmma", weight.group_size or 0, centered)
+        centered = kernel.is_centered(scheme)
+        own = launch.float_constants(chosen, kernel.bits, kernel.order == "wgmma", group, centered)
         return {**shape, **own, "KIND": "float", "WORDS": "", "SCALE_ROWS": 1, "X_GROUPED": False}
-    group = weight.block[1] if weight.block else weight.group_size or 0
     return {
         **shape, "KIND": kernel.kind, "GROUP": group, "WORDS": words, "SCALE_ROWS": kernel.scale_rows(scheme, out),
         "X_GROUPED": grouped, "BITS": 8, "WGMMA": False, "CENTERED": False, "POST": False,

@@ -34,10 +34,8 @@ def place(ends, rows, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl
 
 
 @triton.jit
-def pairs_of(
-    ids, order, ends, pairs, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
-    """(expert, its (token, slot) pairs [BM], which of them there are) of this program; none for one too many.
+def pairs_of(ids, order, ends, pairs, experts, MODE: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr):
+    """(expert, its (token, slot) pairs [BM], which of them there are, whether any is to be computed) of this program.
 
     ids: the expert of each pair; others than 0 .. experts - 1 are computed elsewhere. MODE 1: a program has one pair,
     and order and ends are not read; 2: order has the pairs sorted by expert, ends as for ``place``.
