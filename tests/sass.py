@@ -43,17 +43,36 @@ class Loop:
 
 
 def compiled(kernel, capability: int, types: dict[str, str], constants: dict, warps: int, stages: int) -> Loop:
-    """``kernel`` for sm_<capability>; pointers and sizes are multiples of 16, but for the number of rows."""
+    """The main loop of ``kernel`` for sm_<capability>."""
+    made = built(kernel, f"sm_{capability}", types, constants, warps, stages)
+    return main_loop(made.asm["cubin"], made.metadata.shared)
+
+
+def built(kernel, arch: str, types: dict[str, str], constants: dict, warps: int, stages: int):
+    """What Triton makes of ``kernel`` for "sm_90", "gfx942" ...: its ``asm`` and ``metadata``.
+
+    Pointers and sizes are multiples of 16, but for the number of rows.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     odd = ("rows", "pairs", "experts", *constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in odd}
-    options = {"num_warps": warps, "num_stages": stages}
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     source = ASTSource(kernel, signature, constants, aligned)
-    made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return main_loop(made.asm["cubin"], made.metadata.shared)
+    return compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+def stack(cubin: bytes) -> int:
+    """Bytes of local memory of a thread: what was spilled."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        usage = re.search(r"STACK:(\d+)", _tool("-res-usage", path))
+    assert usage, "cuobjdump names no stack"
+    return int(usage[1])
 
 
 def main_loop(cubin: bytes, shared: int) -> Loop:
