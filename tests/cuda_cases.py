@@ -177,6 +177,12 @@ class Case:
             self.rows, self.experts, self.out, self.columns, self.bits, targets.parse(self.arch), bits, group
         )
 
+    @property
+    def path(self) -> dict[str, bool]:
+        """What differs between GPUs: as ``launch`` says, where there is one."""
+        gpu = targets.parse(self.arch)
+        return {"PTX": not gpu.arch, "WIDE": False, "PDL": gpu.has_pdl}
+
     def kernel(self):
         from qcompile.backends.cuda.device import expert_products, float_product, scaled_product
 
@@ -215,7 +221,7 @@ class Case:
         kernel = kernel_for(self.scheme, self.arch, experts=self.experts)
         words, grouped = "bf16" if self.kind.startswith("int") else "", self.scheme.weight.block is not None
         own = launch_experts.weight_constants(self.tiles, self.experts, self.scheme, kernel, words, grouped, self.out)
-        own |= {"K": 8, "EVEN": True, "PTX": True, "WIDE": False} | ({} if self.kind else {"x_scale": None})
+        own |= {"K": 8, "EVEN": True, **self.path} | ({} if self.kind else {"x_scale": None})
         if self.part == "gate_up":
             return own | launch_experts.gate_constants("silu")
         return own | {"SLOTS": 8 // self.expert_splits, "PARTIAL": self.expert_splits > 1}
@@ -228,7 +234,7 @@ class Case:
         weight, chosen = self.scheme.weight, self.tiles
         partial = chosen.splits > 1
         common = launch.common_constants(chosen, self.experts, partial, None)
-        common |= {"bias": None, "EVEN": True, "PTX": True, "WIDE": False} | ({} if self.experts else {"ends": None})
+        common |= {"bias": None, "EVEN": True, **self.path} | ({} if self.experts else {"ends": None})
         common |= {"rows": 1} if self.rows == 1 else {}  # Triton compiles for a size of 1 by itself
         if not self.kind:
             centered = weight.symmetric and weight.bits == self.bits

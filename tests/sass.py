@@ -26,6 +26,7 @@ class Loop:
     spills: int
     registers: int
     shared: int  # bytes
+    kernel: tuple[str, ...]  # every instruction of it, in the order of the code, without variants
 
     def count(self, *instructions: str) -> int:
         """How many there are, in any variant: "LDG" counts "LDG.E.128" but not "LDGSTS"."""
@@ -88,8 +89,10 @@ def main_loop(cubin: bytes, shared: int) -> Loop:
         if name.startswith("BRA") and target and int(target[1], 16) < address:
             loops.append([i for i in found if int(target[1], 16) <= i[0] <= address])
     loop = max(loops or [found], key=lambda body: sum(name.startswith(TENSOR_CORES) for _, name, _ in body))
+    kernel = tuple(name.partition(".")[0] for _, name, _ in found)
     spills = sum(name.startswith(("LDL", "STL")) for _, name, _ in found)
-    return Loop(len(loop), Counter(name for _, name, _ in loop), spills, int(usage[1]) if usage else 0, shared)
+    names = Counter(name for _, name, _ in loop)
+    return Loop(len(loop), names, spills, int(usage[1]) if usage else 0, shared, kernel)
 
 
 def _tool(option: str, path: str) -> str:

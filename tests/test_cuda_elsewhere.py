@@ -70,11 +70,13 @@ def test_it_compiles_and_fits(case):
 
     amd = case.arch.startswith("gfx")
     kernel_for(case.scheme, case.arch, experts=case.experts)  # which is what would be planned there
-    constants = {**case.constants(), "PTX": not amd}
-    made = sass.built(case.kernel(), case.arch, case.types, constants, case.tiles.warps, case.tiles.stages)
+    made = sass.built(case.kernel(), case.arch, case.types, case.constants(), case.tiles.warps, case.tiles.stages)
     code = made.asm["amdgcn" if amd else "ptx"]
     assert re.search(CORES[case.arch][numbers(case.scheme)], code)
     assert made.metadata.shared <= SHARED[case.arch]
+    before, wait, after = code.partition("griddepcontrol.wait")
+    assert bool(wait) == ("griddepcontrol.launch_dependents" in after) == (not amd)
+    assert amd or not re.search(r"\b(ld|st|red|atom)\.global|cp\.async|\bret;", before)
     assert not (amd and "elementwise_inline_asm" in made.asm["ttir"])
     if amd:
         found = dict(re.findall(r"\.(private_segment_fixed_size|[sv]gpr_spill_count):\s+(\d+)", code))

@@ -48,6 +48,21 @@ def test_compiled_code_is_as_good_as_the_table_says(case):
     found = per_weight(case, loop.instructions)
     assert found <= 1.1 * expected["per_weight"], f"{found} instructions per weight"
     assert (loop.wide("LDS") > 0) == expected["wide_shared_loads"]
+    if case.path["PDL"]:
+        check_overlap(loop.kernel, prefetches=not case.experts)
+    else:
+        assert not {"ACQBULK", "PREEXIT", "CCTL"} & set(loop.kernel)
+
+
+def check_overlap(kernel: tuple[str, ...], prefetches: bool) -> None:
+    """Every program waits for earlier kernels, once, and does nothing before but prefetch; then the next may start."""
+    wait = kernel.index("ACQBULK")
+    assert kernel.count("ACQBULK") == kernel.count("PREEXIT") == 1
+    assert kernel.index("PREEXIT") > wait
+    before = set(kernel[:wait])
+    assert not {"LDG", "LDGSTS", "STG", "LDS", "STS", "BAR", "BRA", "EXIT", "ATOM", "RED"} & before
+    assert ("CCTL" in before) == prefetches
+    assert "CCTL" not in kernel[wait:]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -64,6 +79,16 @@ def test_the_kernel_that_dequantizes_compiles_without_spills(arch, bits, group, 
     made = sass.compiled(dequantize, int(arch.removeprefix("sm_")), types, constants, 4, 3)
     assert made.spills == 0
     assert made.count("STG") > 0
+
+
+def test_the_weighted_sum_of_experts_overlaps_with_earlier_kernels():
+    import sass
+
+    from qcompile.backends.cuda.device.expert_products import sum_pairs
+
+    types = {"rows": "*bf16", "routing": "*fp32", "ids": "*i64", "y": "*bf16"}
+    made = sass.compiled(sum_pairs, 90, types, {"K": 8, "BLOCK": 1024, "PDL": True}, 4, 3)
+    check_overlap(made.kernel, prefetches=False)
 
 
 def test_the_table_has_no_other_lines():

@@ -35,6 +35,11 @@ class Target:
         return self.capability[0] == 9
 
     @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel can start before the one before it is complete (programmatic dependent launch)."""
+        return self.capability >= (9, 0)
+
+    @property
     def has_fp8(self) -> bool:
         """Whether tensor cores multiply e4m3."""
         return self.capability >= (8, 9)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .activations import gated
 from .float_product import float_sums
+from .overlap import wait
 from .places import gate_and_up, pairs_of
 from .scaled_product import scaled_sums
 
@@ -22,6 +23,7 @@ def gate_up(
     POST: tl.constexpr, WORDS: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUPED: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pairs, intermediate] = ``f(x @ gate.T) * (x @ up.T)`` of each pair's expert, x [tokens, columns].
 
@@ -29,6 +31,7 @@ def gate_up(
     rest is as in ``float_product`` (KIND "float") and ``scaled_product``.
     """
     pn = tl.program_id(0)
+    wait(PDL)
     expert, pair, live, some = pairs_of(ids, order, ends, pairs, experts, MODE, EXPERTS, BM)
     if not some:
         return
@@ -55,6 +58,7 @@ def down(
     POST: tl.constexpr, WORDS: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUPED: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """MODE 2: y[pairs, out] = ``x @ W.T`` of each pair's expert, x [pairs, columns].
 
@@ -62,6 +66,7 @@ def down(
     out] over SLOTS pairs each, which are added up later. Always in the same order.
     """
     pn = tl.program_id(0)
+    wait(PDL)
     on = pn * BN + tl.arange(0, BN)
     tiles = pn * (BN // 16) + tl.arange(0, BN // 16)
     if MODE == 1:
@@ -122,8 +127,9 @@ def _sums(
 
 
 @triton.jit
-def sum_pairs(rows, routing, ids, y, experts, out, K: tl.constexpr, BLOCK: tl.constexpr):
+def sum_pairs(rows, routing, ids, y, experts, out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """y[tokens, out] = the weighted sum of each token's rows [tokens * K, out]; those of no expert are not read."""
+    wait(PDL)
     token, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in range(K):

@@ -7,6 +7,7 @@ it can. Its scales are applied to sums (POST: few rows) or to the weight (many r
 import triton
 import triton.language as tl
 
+from .overlap import prefetch_codes, prefetch_scales, wait
 from .places import place
 from .unpack import dot, float_operand, multiply_or_add, scales_of, shifts_of, spread
 
@@ -18,6 +19,7 @@ def float_product(
     BITS: tl.constexpr, WGMMA: tl.constexpr, GROUP: tl.constexpr, CENTERED: tl.constexpr, MODE: tl.constexpr,
     EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PARTIAL: tl.constexpr, POST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, out] = x[rows, columns] @ W.T + bias, or (PARTIAL) float32 y[splits, rows, out], without bias.
 
@@ -25,6 +27,12 @@ def float_product(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     pn, split = tl.program_id(0), tl.program_id(2)
+    if PDL and MODE == 0:  # of experts, earlier kernels say which
+        start, step = split * split_columns, BITS * 2  # bytes of a column in 16 rows
+        strip = (pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
+        prefetch_codes(codes + strip * (stored_columns * step) + start * step, split_columns * step, BK * BITS * 2)
+        prefetch_scales(words, pn * BN, start, split_columns, 1, stored_out, 1, GROUP, BN, BK)
+    wait(PDL)
     expert, first, end = place(ends, rows, experts, MODE, EXPERTS, BM)
     if first >= end:
         return

@@ -20,6 +20,7 @@ from .scaled_product import scaled_product
 
 MANY_ROWS = 1024  # of a Linear: from here on, the weight is dequantized slice by slice for the vendor's product
 SLICE_BYTES = 16 * 2**20  # of such a slice, so that it stays in the L2 cache
+OVERLAP = True  # launches, on GPUs that can
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -27,6 +28,13 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def _path(device: str) -> dict[str, bool]:
     """PTX: inline assembly of NVIDIA's; WIDE: float32, as the interpreter has no bfloat16."""
     return {"PTX": device == "cuda" and not torch.version.hip and not _INTERPRETED, "WIDE": _INTERPRETED}
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """PDL: the kernel starts before the one before it is complete (``overlap.py``), which Triton has to be told."""
+    if OVERLAP and device.type == "cuda" and _target(device).has_pdl:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def _target(device: torch.device) -> Target:
@@ -67,7 +75,8 @@ def float_linear(
         x, codes, pairs.view(torch.int32), bias, y, ends,
         rows, experts, out, stored_out, x.shape[1], columns, columns // count, x.stride(0),
         **float_constants(chosen, bits, wgmma, group, centered), **common_constants(chosen, experts, partial, bias),
-        EVEN=x.shape[1] == columns, **_path(x.device.type), num_warps=chosen.warps, num_stages=chosen.stages,
+        EVEN=x.shape[1] == columns, **_path(x.device.type), **overlap(x.device), num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )  # fmt: skip
     return y if splits or not partial else _summed(y, bias, x.dtype)
 
@@ -97,7 +106,7 @@ def scaled_linear(
         0 if x_scale is None or x_scale.numel() == 1 else x_scale.shape[-1], *places,
         KIND=kind, GROUP=group, WORDS=words, SCALE_ROWS=scale_rows, X_GROUPED=x_grouped,
         EVEN=x.shape[1] == columns, **common_constants(chosen, experts, splits > 0, bias), **_path(x.device.type),
-        num_warps=chosen.warps, num_stages=chosen.stages,
+        **overlap(x.device), num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y
 

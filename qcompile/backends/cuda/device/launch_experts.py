@@ -47,7 +47,7 @@ class Product:
         self.constants = {
             **weight_constants(self.tiles, self.experts, scheme, kernel, words, grouped, out),
             "K": ids.shape[1], "EVEN": rows.shape[1] == self.columns, **launch._path(rows.device.type),
-            "num_warps": self.tiles.warps, "num_stages": self.tiles.stages,
+            **launch.overlap(rows.device), "num_warps": self.tiles.warps, "num_stages": self.tiles.stages,
         }  # fmt: skip
 
     def sizes(self, out: int) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ def down(
         return y if splits or count == 1 else y.sum(0).to(dtype)
     result = y.new_empty((tokens, out))
     grid = (tokens, triton.cdiv(out, SUMMED))
-    sum_pairs[grid](y, routing, ids, result, made.experts, out, K=k, BLOCK=SUMMED)
+    sum_pairs[grid](y, routing, ids, result, made.experts, out, K=k, BLOCK=SUMMED, **launch.overlap(y.device))
     return result
 
 

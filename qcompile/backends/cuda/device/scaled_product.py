@@ -7,6 +7,7 @@ in float32 after each step of BK columns, because those inside a tensor core hav
 import triton
 import triton.language as tl
 
+from .overlap import prefetch_codes, prefetch_scales, wait
 from .places import place
 from .unpack import int8_operand, scales_of
 
@@ -19,6 +20,7 @@ def scaled_product(
     KIND: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, SCALE_ROWS: tl.constexpr, X_GROUPED: tl.constexpr,
     MODE: tl.constexpr, EXPERTS: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PARTIAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[rows, out] = x_scale * (x @ W.T) + bias, or (PARTIAL) float32 y[splits, rows, out] without x_scale and bias.
 
@@ -27,6 +29,16 @@ def scaled_product(
     of the weight are the lower halves of words, in "bf16" or "fp16".
     """
     pn, split = tl.program_id(0), tl.program_id(2)
+    if PDL and MODE == 0:  # of experts, earlier kernels say which
+        start = split * split_columns
+        if KIND == "int4":
+            strip = (pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
+            prefetch_codes(codes + strip * (stored_columns * 8) + start * 8, split_columns * 8, BK * 8)
+        else:
+            channel = (pn * BN + tl.arange(0, BN)).to(tl.int64)
+            prefetch_codes(codes + channel * stored_columns + start, split_columns, BK)
+        prefetch_scales(scales, pn * BN, start, split_columns, scale_row, scale_group, SCALE_ROWS, GROUP, BN, BK)
+    wait(PDL)
     expert, first, end = place(ends, rows, experts, MODE, EXPERTS, BM)
     if first >= end:
         return
