@@ -181,7 +181,8 @@ class _Inner:
         from torch._inductor.decomposition import select_decomp_table
 
         started = time.perf_counter()
-        records = self._run_passes(module)
+        with getattr(self.device, "while_lowering", nullcontext)():
+            records = self._run_passes(module)
         # the graph is decomposed already; a table of our own would keep Inductor from caching what it compiles
         kwargs |= {"get_decomp_fn": select_decomp_table} if "get_decomp_fn" in kwargs else {}
         if kwargs.get("is_backward"):

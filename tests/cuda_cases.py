@@ -150,6 +150,7 @@ class Case:
     out: int
     columns: int
     part: str = ""  # of a layer of experts, whose 8 experts of a token make as many rows: "gate_up" or "down"
+    forced: tiles.Tiles | None = None
 
     @property
     def capability(self) -> int:
@@ -171,11 +172,13 @@ class Case:
         return weight.block[1] if weight.block else weight.group_size or 0
 
     @property
+    def weight(self) -> tiles.Weight:
+        kind = self.kind or f"w{self.bits}a16"
+        return tiles.Weight(kind, self.out, self.columns, self.experts, self.group, self.part)
+
+    @property
     def tiles(self) -> tiles.Tiles:
-        bits, group = (16, 0) if not self.kind else (8, self.group)
-        return tiles.choose(
-            self.rows, self.experts, self.out, self.columns, self.bits, targets.parse(self.arch), bits, group
-        )
+        return self.forced or tiles.choose(self.weight, self.rows, targets.parse(self.arch))
 
     @property
     def path(self) -> dict[str, bool]:

@@ -182,7 +182,7 @@ def test_splits_of_another_gpu_are_taken(monkeypatch):
     packed, kernel = packed_weight(scheme, (64, 384), torch.float16), kernel_for(scheme, "sm_90")
     codes, pairs = kernel.prepare(packed)
     x = torch.randn(1, 384).half()
-    chosen = tiles.choose(1, 0, 64, 384, 4, launch.current())
+    chosen = tiles.choose(tiles.Weight("w4a16", 64, 384), 1, launch.current())
     assert 384 % (2 * chosen.bk)
     parts = torch.ops.qcompile_cuda.float_linear(x, codes, pairs, None, None, 4, True, 0, True, 64, 2)
     assert error(parts.sum(0), exact(packed, x)) < 1e-6

@@ -177,27 +177,25 @@ def test_splits_fill_the_gpu_and_divide_the_columns():
     gpu = targets.parse("sm_90")
     for rows in (1, 5, 16, 33, 64, 100, 600):
         for out, columns in ((64, 64), (4096, 4096), (6144, 4096), (4096, 12288), (151936, 1024), (192, 2944)):
-            chosen = tiles.choose(rows, 0, out, columns, 4, gpu)
+            chosen = tiles.choose(tiles.Weight("w4a16", out, columns), rows, gpu)
             assert out % chosen.bn == 0
             assert columns % (chosen.splits * chosen.bk) == 0
             assert 1 <= chosen.splits <= tiles.MOST_SPLITS
-    assert tiles.choose(1, 0, 4096, 4096, 4, gpu).splits == 8
-    assert tiles.choose(1, 0, 24576, 4096, 4, gpu).splits < 4
-    assert tiles.choose(8, 128, 1536, 2048, 4, gpu).mode == tiles.EACH_ROW
-    assert tiles.choose(512, 128, 1536, 2048, 4, gpu).mode == tiles.BLOCKS
+    assert tiles.choose(tiles.Weight("w4a16", 4096, 4096), 1, gpu).splits == 8
+    assert tiles.choose(tiles.Weight("w4a16", 24576, 4096), 1, gpu).splits < 4
+    assert tiles.choose(tiles.Weight("w4a16", 1536, 2048, 128), 8, gpu).mode == tiles.EACH_ROW
+    assert tiles.choose(tiles.Weight("w4a16", 1536, 2048, 128), 512, gpu).mode == tiles.BLOCKS
 
 
-@pytest.mark.parametrize(
-    ("arch", "limit"), [("sm_80", 166912), ("sm_86", 101376), ("sm_90", 232448), ("sm_120", 101376)]
-)
-def test_tiles_fit_the_shared_memory_of_a_block(arch, limit):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_rules_keep_what_tuned_tiles_are_held_to(arch):
     gpu = targets.parse(arch)
-    for rows in (1, 8, 32, 64, 128, 1000):
-        for bits in (4, 8):
-            for x_bits in (16, 8):
-                for experts in (0, 16):
-                    t = tiles.choose(rows, experts, 24576, 4096, bits, gpu, x_bits)
-                    assert t.stages * (t.bm * t.bk * x_bits + t.bn * t.bk * bits) // 8 + 2048 * t.stages <= limit
+    for kind, group in (("w4a16", 128), ("w4a16", 32), ("w8a16", 0), ("int8", 0), ("int4", 64), ("fp8", 128)):
+        for experts, part in ((0, ""), (16, ""), (16, "gate_up"), (128, "down")):
+            for out, columns in ((24576, 4096), (1536, 2048), (192, 2944)):
+                for rows in (1, 8, 32, 64, 128, 1000, 9000):
+                    weight = tiles.Weight(kind, out, columns, experts, group, part)
+                    assert tiles.unfit(tiles.rule(weight, rows, gpu), weight, rows, gpu) == ""
 
 
 def test_columns_in_another_order_do_not_go_with_blocks():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qcompile import numerics
 from qcompile.backends.cpu import BACKEND, native
 from qcompile.backends.cpu.native_kernel import Native
+from qcompile.cache import CACHE_VARIABLE
 from qcompile.errors import ConfigError, UnsupportedError
 from qcompile.kernels import choose
 from qcompile.types import Scheme, Site
@@ -50,7 +51,7 @@ def site(out: int, inn: int, dtype: torch.dtype, experts: int = 0) -> Site:
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """An empty cache."""
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
     monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
     return tmp_path
@@ -98,7 +99,7 @@ def test_a_failing_compiler_is_quoted_once_and_another_kernel_is_chosen(monkeypa
 
 def test_a_cache_that_cannot_be_written_is_a_reason(monkeypatch, folder):
     (folder / "file").touch()
-    monkeypatch.setenv(native.CACHE_VARIABLE, str(folder / "file"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder / "file"))
     assert "QCOMPILE_CACHE_DIR names another folder" in unavailable()
 
 

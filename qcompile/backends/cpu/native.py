@@ -1,8 +1,7 @@
 """The C++ ops ``torch.ops.qcompile_cpu``: compiled from ``native/`` at first use, cached, loaded.
 
-Libraries are kept in ``$QCOMPILE_CACHE_DIR``, by default ``~/.cache/qcompile`` (``$XDG_CACHE_HOME``). They are found
-there by a hash of the sources, the flags, the compiler's version and torch's: nothing stale is ever loaded, and
-processes share what one of them has compiled.
+Libraries are kept in qcompile's cache folder (``cache.py``). They are found there by a hash of the sources, the flags,
+the compiler's version and torch's: nothing stale is ever loaded, and processes share what one of them has compiled.
 
 ``QCOMPILE_CPU_ISA`` forces an instruction set (one of LEVELS that the CPU has), or "none": no C++ at all. Without it
 the best one is taken.
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import torch
 
+from ...cache import CACHE_VARIABLE, cache_folder
 from ...errors import ConfigError, UnsupportedError, did_you_mean
 
 LIBRARY = "qcompile_cpu"
 ISA_VARIABLE = "QCOMPILE_CPU_ISA"
-CACHE_VARIABLE = "QCOMPILE_CACHE_DIR"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the ops compute."""
 
@@ -102,13 +101,6 @@ def instruction_set() -> str:
             raise UnsupportedError(f"{ISA_VARIABLE}={forced!r}, but this CPU does not have it; unset the variable")
         return forced
     return next((level for level in LEVELS if present[level]), "this CPU has neither AVX512 nor AVX2")
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcompile"
 
 
 class _CompilerError(Exception):

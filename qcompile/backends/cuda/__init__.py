@@ -13,7 +13,7 @@ import torch
 
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel, Operation
-from . import experts, ops  # noqa: F401  (a graph that was lowered elsewhere calls them)
+from . import experts, ops, tuning  # noqa: F401  (a graph that was lowered elsewhere calls the ops)
 from .scaled import Fp8, Integers
 from .targets import target
 from .weight_only import WeightOnly
@@ -33,6 +33,7 @@ class CUDA:
     operations: Mapping[str, Operation] = {"quant_experts": experts.QuantExperts()}
 
     target = staticmethod(target)
+    while_lowering = staticmethod(tuning.while_lowering)
 
     def missing(self) -> str:
         """What CUDA lacks here: a build of torch, a GPU, or Triton; "" when it can be used."""

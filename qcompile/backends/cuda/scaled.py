@@ -93,11 +93,9 @@ class ScaledKernel(TritonKernel):
         group = scheme.weight.scale_columns or 0
         grouped = scheme.weight.block is not None and x_scale.shape[-1] > 1
         rows, splits = x.shape[0], 0
-        stored = (codes.shape[-2] * 16, codes.shape[-1] // 8) if self.kind == "int4" else codes.shape[-2:]
         if isinstance(rows, int) and rows:
             experts = 0 if ends is None else ends.shape[0]
-            bits = 4 if self.kind == "int4" else 8
-            splits = tiles.choose(rows, experts, *stored, bits, current(), 8, group).splits
+            splits = tiles.choose(tiles.Weight.of(codes, self.kind, group, experts), rows, current()).splits
         partial = splits if splits > 1 else 1 if correction is not None else 0
         result = torch.ops.qcompile_cuda.scaled_linear(
             x, x_scale if grouped or not partial else None, codes, scales, None if partial else bias, ends, self.kind,
@@ -302,6 +300,12 @@ class Fp8(ScaledKernel):
 
     def scale_rows(self, scheme: Scheme, out: int) -> int:
         return BLOCK[0] if scheme.weight.block else round_up(out, ROWS) if scheme.weight.per_tensor else 1
+
+
+def stored_weight(codes: Tensor, kind: str, group: int, experts: int, part: str = "") -> tiles.Weight:
+    """What tiles are chosen by, of a prepared weight."""
+    out, columns = (codes.shape[-2] * 16, codes.shape[-1] // 8) if kind == "int4" else codes.shape[-2:]
+    return tiles.Weight(kind, out, columns, experts, group, part)
 
 
 def _stored(out: int, inn: int, scheme: Scheme) -> tuple[int, int, int]:

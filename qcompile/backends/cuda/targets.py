@@ -16,13 +16,24 @@ SMS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0):
 """Multiprocessors of the largest common chip of each capability, to plan for where none is attached."""
 
 
+SHARED = {
+    (8, 0): 163 * 2**10, (8, 7): 163 * 2**10, (9, 0): 227 * 2**10, (10, 0): 227 * 2**10, (10, 3): 227 * 2**10,
+}  # fmt: skip
+"""Bytes of shared memory that a block can have (CUDA programming guide, "technical specifications"); of others, from
+8.6 on, 99 KiB. 64 KiB of AMD's (CDNA 3 ISA)."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """A GPU: compute capability of NVIDIA's, or the architecture of AMD's (capability (0, 0)); multiprocessors."""
+    """A GPU: compute capability of NVIDIA's, or the architecture of AMD's (capability (0, 0)); multiprocessors.
+
+    device: the name of the chip that is attached, such as "NVIDIA H200"; "" for one that is only planned for.
+    """
 
     capability: tuple[int, int] = (9, 0)
     arch: str = ""
     multiprocessors: int = 132
+    device: str = ""
 
     @property
     def name(self) -> str:
@@ -38,6 +49,11 @@ class Target:
     def has_pdl(self) -> bool:
         """Whether a kernel can start before the one before it is complete (programmatic dependent launch)."""
         return self.capability >= (9, 0)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block can have."""
+        return 64 * 2**10 if self.arch else SHARED.get(self.capability, 99 * 2**10)
 
     @property
     def has_fp8(self) -> bool:
@@ -69,8 +85,10 @@ def attached() -> Target:
         return Target()
     properties = torch.cuda.get_device_properties()
     if torch.version.hip:
-        return Target((0, 0), properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    return Target((properties.major, properties.minor), "", properties.multi_processor_count)
+        return Target(
+            (0, 0), properties.gcnArchName.partition(":")[0], properties.multi_processor_count, properties.name
+        )
+    return Target((properties.major, properties.minor), "", properties.multi_processor_count, properties.name)
 
 
 @contextmanager

@@ -1,20 +1,80 @@
 """How a product is cut: tile sizes, splits along the input features, pipeline depth. By shape and GPU.
 
-What is here was read off compiled code (registers, shared memory, instructions per weight) and bandwidth arithmetic; no
-GPU has timed it yet.
+``choose`` is the one place that decides, for a graph that is traced and for a kernel that is launched: by what was
+measured on this GPU (``tables.py``), otherwise by the rules here. Those were read off compiled code (registers, shared
+memory, instructions per weight) and bandwidth arithmetic; no GPU has timed them yet.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from torch import Tensor
+
+from . import tables
 from .targets import Target
 
 DENSE, EACH_ROW, BLOCKS = 0, 1, 2  # what ``device/places.py`` does for each
 MOST_SPLITS = 8  # a sum of so few numbers is unrolled by Inductor, and so becomes part of whatever reads it
 FEW_ROWS = 32  # up to so many, scales are applied to sums instead of weights
+MOST_ROWS = 2**15  # from here on, more of them change no tile
+
+
+class Weight(NamedTuple):
+    """A stored weight [experts, out, columns], as far as tiles depend on it; experts 0: of a Linear.
+
+    kind: its numbers, "w4a16" or "w8a16" with float activations, otherwise as ``scaled_product`` calls them: "int4",
+    "int8", "fp8". out and columns are those that are stored, multiples of 64. group: columns that share a scale, 0 for
+    all. part: of a layer of experts, "gate_up" or "down".
+    """
+
+    kind: str
+    out: int
+    columns: int
+    experts: int = 0
+    group: int = 0
+    part: str = ""
+
+    @classmethod
+    def of(cls, codes: Tensor, kind: str, group: int = 0, experts: int = 0, part: str = "") -> Weight:
+        """A prepared weight: rows and columns of ``codes``, or (``layouts.py``) tiles of 16 rows."""
+        out, columns = codes.shape[-2:]
+        if bits := {"w4a16": 4, "w8a16": 8, "int4": 4}.get(kind):
+            out, columns = out * 16, columns // (2 * bits)
+        return cls(kind, out, columns, experts, group, part)
+
+    @property
+    def bits(self) -> int:
+        """Of a stored weight."""
+        return 4 if self.kind in ("w4a16", "int4") else 8
+
+    @property
+    def x_bits(self) -> int:
+        """Of an activation."""
+        return 16 if self.kind.endswith("a16") else 8
+
+    @property
+    def longest(self) -> int:
+        """Columns that a step may have: scales of groups are applied to sums where activations are quantized."""
+        whole = min(self.group, 128) if self.group and self.x_bits == 8 else 128
+        return whole if self.columns % 128 == 0 else 64
+
+    def mode(self, rows: int) -> int:
+        """How programs find their rows."""
+        return DENSE if not self.experts else EACH_ROW if each_row(rows, self.experts) else BLOCKS
+
+    def key(self, rows: int) -> str:
+        """What a table calls this product: rows are rounded up to a power of two."""
+        words = [self.kind, f"g{self.group}" if self.group else "", self.part]
+        words.append("x".join(map(str, (*([self.experts] if self.experts else []), self.out, self.columns))))
+        apart = " apart" if self.mode(rows) == EACH_ROW else ""
+        return f"{' '.join(filter(None, words))}: {bucket(rows)} rows{apart}"
 
 
 @dataclass(frozen=True)
@@ -30,25 +90,114 @@ class Tiles:
     warps: int
 
 
-@functools.lru_cache(maxsize=4096)
-def choose(
-    rows: int, experts: int, out: int, columns: int, bits: int, target: Target, x_bits: int = 16, group: int = 0
-) -> Tiles:
-    """Tiles for ``rows`` of activations and a stored weight [experts, out, columns]; experts 0: a Linear.
+def bucket(rows: int) -> int:
+    """Numbers of rows up to this power of two share their tiles."""
+    return min(MOST_ROWS, 1 << (max(1, rows) - 1).bit_length())
 
-    out and columns are those that are stored, multiples of 64. group: a step must not be longer than that.
-    """
-    mode = DENSE if not experts else EACH_ROW if each_row(rows, experts) else BLOCKS
+
+# --------------------------------------------------------------------------------------------------------- choosing
+
+_DECIDES: ContextVar[Callable[[Weight, int, Target], Tiles] | None] = ContextVar("cuda_tiles", default=None)
+
+
+def choose(weight: Weight, rows: int, target: Target) -> Tiles:
+    """Tiles for ``rows`` of activations."""
+    decide = _DECIDES.get()
+    return known(weight, rows, target) if decide is None else decide(weight, rows, target)
+
+
+@contextmanager
+def decided_by(decide: Callable[[Weight, int, Target], Tiles]) -> Iterator[None]:
+    """Within, ``choose`` asks ``decide``: to measure tiles, or to measure with them."""
+    token = _DECIDES.set(decide)
+    try:
+        yield
+    finally:
+        _DECIDES.reset(token)
+
+
+def known(weight: Weight, rows: int, target: Target) -> Tiles:
+    """What is in a table, or else the rule's."""
+    return _known(weight, rows, target, tables.generation())
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(weight: Weight, rows: int, target: Target, generation: int) -> Tiles:
+    return tuned(weight, rows, target) or rule(weight, rows, target)
+
+
+def tuned(weight: Weight, rows: int, target: Target) -> Tiles | None:
+    """What was measured on this GPU. Tiles of a table that do not fit the product are reported, and not used."""
+    key = weight.key(rows)
+    for entry, path in tables.find(target, key):
+        chosen = of_entry(entry, weight, rows)
+        reason = unfit(chosen, weight, rows, target)
+        if not reason:
+            return chosen
+        tables.report(f"{path}: the tiles for {key!r} are not used: {reason}")
+    return None
+
+
+def of_entry(entry: tables.Entry, weight: Weight, rows: int) -> Tiles:
+    """The tiles that a table holds, for this number of rows."""
+    return Tiles(weight.mode(rows), entry.bm, entry.bn, entry.bk, entry.splits, entry.stages, entry.warps)
+
+
+def unfit(tiles: Tiles, weight: Weight, rows: int, target: Target) -> str:
+    """Why no program may be launched with such tiles; "" if one may."""
+    for name, allowed in (
+        ("bm", (16, 32, 64, 128, 256)), ("bn", (64, 128)), ("bk", (64, 128)), ("splits", (1, 2, 4, MOST_SPLITS)),
+        ("stages", (2, 3, 4, 5, 6)), ("warps", (4, 8)),
+    ):  # fmt: skip
+        if getattr(tiles, name) not in allowed:
+            return f"{name} is {getattr(tiles, name)}, none of {', '.join(map(str, allowed))}"
+    if tiles.mode == EACH_ROW and tiles.bm != 16:
+        return f"bm is {tiles.bm}, but a program has one row, and its tile 16"
+    if weight.part and tiles.splits != 1:
+        return f"splits is {tiles.splits}, but programs of {weight.part} go through all columns"
+    if weight.out % tiles.bn:
+        return f"bn is {tiles.bn}, which does not divide {weight.out} channels"
+    if tiles.bk > weight.longest:
+        return f"bk is {tiles.bk}, but {weight.group or weight.columns} columns allow steps of {weight.longest}"
+    if weight.columns % (tiles.splits * tiles.bk):
+        return f"{weight.columns} columns are not {tiles.splits} times a multiple of {tiles.bk} (splits, bk)"
+    if tiles.bm * tiles.bn > 32 * tiles.warps * _most_sums(weight, tiles.warps):
+        return f"{tiles.bm} x {tiles.bn} sums do not fit into the registers of {tiles.warps} warps"
+    if (shared := shared_bytes(tiles, weight, target)) > target.shared:
+        return f"they take {shared} bytes of shared memory, and a block of {target.name} has {target.shared}"
+    return ""
+
+
+def _most_sums(weight: Weight, warps: int) -> int:
+    """Of a thread, so that none of its 255 registers is spilled: fewer where each step has sums of its own."""
+    twice = weight.x_bits == 8 and (weight.group > 0 or weight.kind == "fp8")
+    return 128 if warps == 8 and not twice else 64
+
+
+def shared_bytes(tiles: Tiles, weight: Weight, target: Target) -> int:
+    """At least the shared memory of a program: codes, activations and scales of each stage; or sums, while written."""
+    codes, rows = tiles.bn * tiles.bk * weight.bits // 8, tiles.bm * tiles.bk * weight.x_bits // 8
+    scales = 4 * tiles.bn * max(1, tiles.bk // weight.group) if weight.group else 0
+    stages = tiles.stages - 1 if target.arch else tiles.stages  # Triton has one of AMD's in registers
+    return max(stages * (codes + rows + scales), 4 * tiles.bm * tiles.bn)
+
+
+# -------------------------------------------------------------------------------------------------------- the rules
+
+
+def rule(weight: Weight, rows: int, target: Target) -> Tiles:
+    """Tiles of a product that nobody has measured."""
+    mode, experts, out, columns = weight.mode(rows), weight.experts, weight.out, weight.columns
     each = rows if mode == DENSE else 1 if mode == EACH_ROW else -(-rows // experts)
-    whole = min(group or 128, 128) if columns % 128 == 0 else 64
+    whole, narrow = weight.longest, 1024 // weight.x_bits
     if each > 64:
-        return _many_rows(mode, each, out, min(whole, 1024 // x_bits if target.has_wgmma else 64), target)
-    bm = max(16, 1 << (max(1, each) - 1).bit_length())
-    bk = whole if target.has_wgmma or bm <= FEW_ROWS else min(whole, 1024 // x_bits)
+        return _many_rows(weight, mode, each, min(whole, narrow if target.has_wgmma else 64), target)
+    bm = max(16, bucket(each))
+    bk = whole if target.has_wgmma or bm <= FEW_ROWS else min(whole, narrow)
     bn = 128 if out % 128 == 0 and out * columns >= 2**25 else 64
     blocks = -(-each // bm) if mode == DENSE else rows
-    splits = _splits(blocks * (out // bn), columns, bk, target)
-    return Tiles(mode, bm, bn, bk, splits, 4 if target.has_wgmma or bits == 4 else 3, 4)
+    splits = 1 if weight.part else _splits(blocks * (out // bn), columns, bk, target)
+    return Tiles(mode, bm, bn, bk, splits, 4 if target.has_wgmma or weight.bits == 4 else 3, 4)
 
 
 def each_row(rows: int, experts: int) -> bool:
@@ -68,9 +217,9 @@ def expert_splits(tokens: int, chosen: int, out: int, target: Target) -> int:
     return splits
 
 
-def _many_rows(mode: int, each: int, out: int, bk: int, target: Target) -> Tiles:
-    bn = 128 if out % 128 == 0 else 64
-    if target.has_wgmma and each >= 512 and mode == DENSE:
+def _many_rows(weight: Weight, mode: int, each: int, bk: int, target: Target) -> Tiles:
+    bn = 128 if weight.out % 128 == 0 else 64
+    if target.has_wgmma and each >= 512 and mode == DENSE and _most_sums(weight, 8) * 8 * 32 >= 256 * bn:
         return Tiles(mode, 256, bn, bk, 1, 4, 8)
     return Tiles(mode, 128, bn, bk, 1, 4 if target.has_wgmma else 3, 8)
 

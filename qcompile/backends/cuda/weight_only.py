@@ -34,7 +34,7 @@ class WeightOnly(TritonKernel):
 
     def __init__(self, bits: int, order: Fragments) -> None:
         self.bits = bits
-        self.name = f"w{bits}a16"
+        self.name = self.kind = f"w{bits}a16"
         self.what = f"integer weights of {'2 to 4' if bits == 4 else '5 to 8'} bits with float activations"
         super().__init__(order)
 
@@ -128,8 +128,8 @@ class WeightOnly(TritonKernel):
         splits, rows = 0, x.shape[0]
         if isinstance(rows, int) and rows:
             experts = 0 if ends is None else ends.shape[0]
-            columns = codes.shape[-1] // (2 * self.bits)
-            splits = tiles.choose(rows, experts, pairs.shape[-2], columns, self.bits, current()).splits
+            stored = tiles.Weight.of(codes, self.kind, scheme.weight.group_size or 0, experts)
+            splits = tiles.choose(stored, rows, current()).splits
         multiplied = torch.ops.qcompile_cuda.float_linear(
             x, codes, pairs, bias if splits < 2 else None, ends, self.bits, self.order == "wgmma",
             scheme.weight.group_size or 0, self.is_centered(scheme), out,

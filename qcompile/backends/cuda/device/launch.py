@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tiles
 from ..layouts import COLUMNS
 from ..targets import Target, attached, current
-from ..tiles import Tiles, grid_blocks
+from ..tiles import Tiles, Weight, grid_blocks
 from .dequantize import dequantize
 from .float_product import float_product
 from .scaled_product import scaled_product
@@ -59,12 +59,13 @@ def float_linear(
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, experts = x.shape[0], 0 if ends is None else ends.shape[0]
-    stored_out, columns = pairs.shape[-2], codes.shape[-1] // (2 * bits)
+    weight = Weight.of(codes, f"w{bits}a16", group, experts)
+    stored_out, columns = weight.out, weight.columns
     if not rows:
         return x.new_empty((splits, 0, out), dtype=torch.float32) if splits else x.new_empty((0, out))
     if ends is None and rows >= MANY_ROWS and not splits:
         return _with_vendor(x, codes, pairs, bias, bits, wgmma, group, centered, out)
-    chosen = tiles.choose(rows, experts, stored_out, columns, bits, _target(x.device))
+    chosen = tiles.choose(weight, rows, _target(x.device))
     count = splits or chosen.splits
     if columns % (count * chosen.bk):  # splits that were chosen for another GPU
         chosen = dataclasses.replace(chosen, bk=COLUMNS)
@@ -88,11 +89,11 @@ def scaled_linear(
     """``qcompile_cuda::scaled_linear``: [rows, in] -> [rows, out] in ``dtype``, or float32 [splits, rows, out]."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, experts = x.shape[0], 0 if ends is None else ends.shape[0]
-    stored_out, columns = stored_shape(codes, kind)
+    weight = Weight.of(codes, kind, group, experts)
+    stored_out, columns = weight.out, weight.columns
     if not rows:
         return x.new_empty((splits, 0, out) if splits else (0, out), dtype=torch.float32 if splits else dtype)
-    target = _target(x.device)
-    chosen = tiles.choose(rows, experts, stored_out, columns, 4 if kind == "int4" else 8, target, 8, group)
+    chosen = tiles.choose(weight, rows, _target(x.device))
     count = splits or 1
     if columns % (count * chosen.bk):
         chosen = dataclasses.replace(chosen, bk=COLUMNS)
@@ -125,11 +126,6 @@ def _scale_places(scales: Tensor, kind: str) -> tuple[Tensor, tuple[int, int, in
 def words_of(scales: Tensor, kind: str) -> str:
     """What WORDS of ``scaled_product`` is for such scales."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(scales.dtype, "") if kind != "fp8" else ""
-
-
-def stored_shape(codes: Tensor, kind: str) -> tuple[int, int]:
-    """Padded output channels and input features of a stored weight of ``scaled_product``."""
-    return (codes.shape[-2] * 16, codes.shape[-1] // 8) if kind == "int4" else (codes.shape[-2], codes.shape[-1])
 
 
 def float_constants(chosen: Tiles, bits: int, wgmma: bool, group: int, centered: bool) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .... import gates
 from ....types import Scheme
 from .. import tiles
-from ..tiles import Tiles, grid_blocks
+from ..tiles import Tiles, Weight, grid_blocks
 from ..weight_only import WeightOnly
 from . import launch
 from .expert_products import down as down_kernel
@@ -26,22 +26,21 @@ class Product:
     """What both kernels take of a product: its weight, its rows, tiles for so many pairs, and what to compile."""
 
     def __init__(
-        self, x: Sequence[Tensor], weight: Sequence[Tensor], scheme: Scheme, kernel: Any, ids: Tensor, out: int
-    ) -> None:
+        self, x: Sequence[Tensor], weight: Sequence[Tensor], scheme: Scheme, kernel: Any, ids: Tensor, out: int,
+        part: str,
+    ) -> None:  # fmt: skip
         rows, *scale = x
         codes, scales = weight
         self.x = rows if rows.stride(-1) == 1 else rows.contiguous()
         self.scale = scale[0].contiguous() if scale else None
         self.codes, self.pairs, self.experts = codes, ids.numel(), codes.shape[0]
         if isinstance(kernel, WeightOnly):
-            stored = scales.shape[-2], codes.shape[-1] // (2 * kernel.bits)
             self.scales, self.places = scales.view(torch.int32), (0, 0, 0)
         else:
-            stored = launch.stored_shape(codes, kernel.kind)
             self.scales, self.places = launch._scale_places(scales, kernel.kind)
-        self.stored_out, self.columns = stored
-        target = launch._target(rows.device)
-        self.tiles = tiles_for(self.pairs, self.experts, *stored, scheme, kernel, target)
+        stored = Weight.of(codes, kernel.kind, scheme.weight.scale_columns or 0, self.experts, part)
+        self.stored_out, self.columns = stored.out, stored.columns
+        self.tiles = tiles.choose(stored, self.pairs, launch._target(rows.device))
         grouped = scheme.weight.block is not None and self.scale is not None and self.scale.shape[-1] > 1
         words = "" if isinstance(kernel, WeightOnly) else launch.words_of(scales, kernel.kind)
         self.constants = {
@@ -67,7 +66,7 @@ def gate_up(
     y = x[0].new_empty((ids.numel(), out), dtype=dtype)
     if not ids.numel():
         return y
-    made = Product(x, weight, scheme, kernel, ids, 2 * out)
+    made = Product(x, weight, scheme, kernel, ids, 2 * out, "gate_up")
     grid = (made.stored_out // made.tiles.bn, grid_blocks(made.tiles, made.pairs, made.experts))
     gate_up_kernel[grid](
         made.x, made.scale, made.codes, made.scales, y, ids.contiguous(), order, ends, *made.sizes(out),
@@ -84,7 +83,8 @@ def down(
     tokens, k = ids.shape
     if not ids.numel():
         return x[0].new_zeros((tokens, out), dtype=dtype)
-    made, ids, routing = Product(x, weight, scheme, kernel, ids, out), ids.contiguous(), routing.contiguous()
+    made = Product(x, weight, scheme, kernel, ids, out, "down")
+    ids, routing = ids.contiguous(), routing.contiguous()
     few = made.tiles.mode == tiles.EACH_ROW
     count = splits or (tiles.expert_splits(tokens, k, made.stored_out, launch._target(x[0].device)) if few else 1)
     if count > 1:
@@ -102,14 +102,6 @@ def down(
     grid = (tokens, triton.cdiv(out, SUMMED))
     sum_pairs[grid](y, routing, ids, result, made.experts, out, K=k, BLOCK=SUMMED, **launch.overlap(y.device))
     return result
-
-
-def tiles_for(pairs: int, experts: int, out: int, columns: int, scheme: Scheme, kernel: Any, target: Any) -> Tiles:
-    """Tiles for a stored weight [experts, out, columns]."""
-    if scheme.activation is None:
-        return tiles.choose(pairs, experts, out, columns, kernel.bits, target)
-    group = scheme.weight.scale_columns or 0
-    return tiles.choose(pairs, experts, out, columns, 4 if kernel.kind == "int4" else 8, target, 8, group)
 
 
 def weight_constants(
