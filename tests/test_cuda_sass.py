@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from cuda_cases import ARCHS, Case, cases
 
+from qcompile.backends.cuda import targets, tiles
+from qcompile.types import Scheme
+
 TABLE = Path(__file__).with_name("cuda_sass.json")
 
 SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448}  # bytes of a block, CUDA programming guide
@@ -63,6 +66,26 @@ def check_overlap(kernel: tuple[str, ...], prefetches: bool) -> None:
     assert not {"LDG", "LDGSTS", "STG", "LDS", "STS", "BAR", "BRA", "EXIT", "ATOM", "RED"} & before
     assert ("CCTL" in before) == prefetches
     assert "CCTL" not in kernel[wait:]
+
+
+TIGHTEST = [  # bm, bn, bk, stages, warps: what tuning may try that takes the most registers
+    ("sm_90", "w4a16_g32_asym", (64, 128, 128, 5, 4)), ("sm_90", "w8a8", (256, 128, 128, 4, 8)),
+    ("sm_90", "w4a8_g128", (128, 128, 128, 5, 8)), ("sm_90", "wfp8afp8_b128x128", (64, 128, 128, 6, 4)),
+    ("sm_80", "w4a16_g32_asym", (128, 128, 64, 3, 8)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "scheme", "sizes"), TIGHTEST)
+def test_tiles_that_tuning_may_try_fit_without_spills(arch, scheme, sizes):
+    bm, bn, bk, stages, warps = sizes
+    tried = tiles.Tiles(tiles.DENSE, bm, bn, bk, 1, stages, warps)
+    case = Case("", arch, Scheme.parse(scheme), "bf16", bm, 0, 24576, 4096, forced=tried)
+    gpu = targets.parse(arch)
+    assert tiles.unfit(tried, case.weight, bm, gpu) == ""
+    loop = loop_of(case)
+    assert loop.spills == 0
+    assert loop.shared <= tiles.shared_bytes(tried, case.weight, gpu) <= SHARED[arch]
+    assert loop.count("SHFL", "STS", "STSM", "LDG") == 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -178,6 +178,7 @@ def shared_bytes(tiles: Tiles, weight: Weight, target: Target) -> int:
     """At least the shared memory of a program: codes, activations and scales of each stage; or sums, while written."""
     codes, rows = tiles.bn * tiles.bk * weight.bits // 8, tiles.bm * tiles.bk * weight.x_bits // 8
     scales = 4 * tiles.bn * max(1, tiles.bk // weight.group) if weight.group else 0
+    scales += 4 * tiles.bm if weight.group and weight.kind == "fp8" else 0
     stages = tiles.stages - 1 if target.arch else tiles.stages  # Triton has one of AMD's in registers
     return max(stages * (codes + rows + scales), 4 * tiles.bm * tiles.bn)
 
