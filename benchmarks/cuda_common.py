@@ -30,6 +30,7 @@ def arguments(description: str) -> argparse.Namespace:
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu does a dry run")
+    sys.path += [str(chosen.peers.resolve())] if chosen.peers else []
     for library in sorted(chosen.peers.glob("*.so")) if chosen.peers else []:
         try:
             torch.ops.load_library(str(library.resolve()))
@@ -102,6 +103,20 @@ def inductor(function: Callable, inputs: Sequence[torch.Tensor]) -> Callable:
         return compile_graph(graph, list(inputs))
 
 
+class Compiled:
+    """``function`` as a compiled graph has it, made once for inputs of the same shapes."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self.graphs: dict[tuple, Callable] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        shapes = tuple(one.shape for one in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = inductor(self.function, inputs)
+        return self.graphs[shapes](*inputs)
+
+
 def copies(nbytes: float) -> int:
     """How many weights of so many bytes no cache holds."""
     return max(2, int(4 * L2_BYTES / nbytes) + 1)
@@ -110,6 +125,31 @@ def copies(nbytes: float) -> int:
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     """``|result - expected| / |expected|``, in float64."""
     return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def build(name: str, make: Callable, weights: Sequence[tuple]) -> list:
+    """``make`` of each weight; none of them when that fails, which is printed."""
+    try:
+        return [make(*weight) for weight in weights]
+    except Exception as reason:  # whatever another project raises
+        print(f"{name} is left out: {type(reason).__name__} {str(reason)[:200]}", file=sys.stderr)
+        return []
+
+
+def measured(
+    name: str, calls: Sequence[Callable[[], torch.Tensor]], expected: torch.Tensor, clock: Clock,
+    tolerance: float = 0.02,
+) -> float | None:  # fmt: skip
+    """Microseconds of a call; None where there is none, where it fails, or is wrong by more than ``tolerance``."""
+    if not calls:
+        return None
+    try:
+        found = error(calls[0](), expected)
+        assert found < tolerance, f"relative error {found:.3f}"
+        return clock.time(calls)
+    except Exception as reason:
+        print(f"{name}: {type(reason).__name__} {str(reason)[:200]}", file=sys.stderr)
+        return None
 
 
 class Table:

@@ -1,19 +1,20 @@
-"""Mixtures of experts on a GPU: our kernels beside torch's grouped product of bfloat16 experts.
+"""Mixtures of experts on a GPU: our kernels beside bfloat16 experts (torch's grouped product) and other projects'.
 
-    python benchmarks/cuda_experts.py                       # the layers of Qwen3-30B-A3B, 1 to 1024 tokens
+    benchmarks/cuda_peers.sh peers                          # once: what it compares with
+    python benchmarks/cuda_experts.py --peers peers         # the layers of Qwen3-30B-A3B, 1 to 1024 tokens
     python benchmarks/cuda_experts.py --device cpu          # a dry run without a GPU
 
-The whole layer is timed: routing, both products, the activation and the weighted sum; each scheme is checked first.
+The whole layer is timed: sorting by expert, both products, the activation and the weighted sum; all are checked first.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import torch
-from cuda_common import Clock, Table, arguments, ceilings, copies, error, inductor
+from cuda_common import Clock, Compiled, Table, arguments, build, ceilings, copies, measured
 from cuda_linear import random_weight
+from cuda_peer_experts import EXPERTS, Experts
 from torch import Tensor
 
 from qcompile import numerics
@@ -24,7 +25,8 @@ from qcompile.types import PackedWeight, Site
 
 QWEN = (128, 8, 2048, 768)  # experts, chosen, hidden and intermediate size
 TOKENS = (1, 4, 16, 64, 256, 1024)
-SCHEMES = ("w4a16_g128", "w8a16", "w8a8", "w4a8_g128", "wfp8afp8")
+PEERS_HAVE = "w4a16_g128"
+SCHEMES = (PEERS_HAVE, "w8a16", "w8a8", "w4a8_g128", "wfp8afp8")
 
 
 def random_experts(scheme: str, experts: int, out: int, inn: int, device: str) -> PackedWeight:
@@ -47,6 +49,7 @@ class Layer:
             assert kernel is not None, why
             self.kernel = f"cuda.{kernel.name}"
             self.tensors += kernel.prepare(packed)
+        self.compiled = Compiled(self.compute)
 
     def compute(self, x: Tensor, ids: Tensor, routing: Tensor, *tensors: Tensor) -> Tensor:
         """As a compiled graph does."""
@@ -70,43 +73,49 @@ def main() -> None:
     clock, dry = Clock(chosen.device, chosen.seconds), chosen.device == "cpu"
     table = Table("cuda_experts", chosen, {"ceilings": ceilings(clock)})
     sizes, numbers = ((8, 2, 256, 128), (1, 6)) if dry else (QWEN, TOKENS)
+    float_times: dict[int, float | None] = {}  # which are the same for every scheme
     for scheme in SCHEMES:
         one = Layer(scheme, sizes, chosen.device)
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in one.tensors)
         layers = [one, *(Layer(scheme, sizes, chosen.device) for _ in range(1 if dry else copies(nbytes) - 1))]
+        made = EXPERTS if scheme == PEERS_HAVE else {}
+        peers = {name: build(name, make, [layer.packed for layer in layers]) for name, make in made.items()}
         for tokens in numbers:
-            measure(scheme, layers, tokens, clock, table)
+            measure(layers, peers, tokens, float_times, clock, table)
             if clock.is_over:
                 return
 
 
-def measure(scheme: str, layers: list[Layer], tokens: int, clock: Clock, table: Table) -> None:
+def measure(
+    layers: list[Layer], peers: dict[str, list[Experts]], tokens: int, float_times: dict[int, float | None],
+    clock: Clock, table: Table,
+) -> None:  # fmt: skip
     """One row of the table."""
     one, device = layers[0], clock.device
     x = torch.randn(tokens, one.hidden, device=device).bfloat16()
     ids = torch.rand(tokens, one.experts, device=device).topk(one.k).indices
     routing = torch.rand(tokens, one.k, device=device).softmax(-1)
-    call = (x, ids, routing)
     floats = [layer.floats() for layer in layers[:2]]  # two do not fit into the L2 cache
-    row: dict[str, float | None] = {}
-    for name, function, weights in (
-        ("ours", one.compute, [layer.tensors for layer in layers]),
-        ("grouped_mm", dense, floats),
-    ):
-        try:
-            compiled = inductor(function, [*call, *weights[0]])
-            found = error(compiled(*call, *weights[0]), dense(*call, *floats[0]))
-            assert found < (0.02 if one.scheme.activation is None else 0.1), f"relative error {found:.3f}"
-            row[name] = clock.time([partial(compiled, *call, *own) for own in weights])
-        except Exception as reason:
-            print(f"{name}, {scheme}, {tokens}: {type(reason).__name__} {str(reason)[:200]}", file=sys.stderr)
-            row[name] = None
-    table.add(scheme=scheme, tokens=tokens, experts=one.experts, chosen=one.k, **row)
+    expected, label = dense(x, ids, routing, *floats[0]), f"{one.name}, {tokens} tokens"
+    calls = [partial(one.compiled, x, ids, routing, *layer.tensors) for layer in layers]
+    tolerance = 0.02 if one.scheme.activation is None else 0.1
+    row = {"ours": measured(f"ours, {label}", calls, expected, clock, tolerance)}
+    if tokens not in float_times:
+        calls = [partial(DENSE, x, ids, routing, *own) for own in floats]
+        float_times[tokens] = measured(f"grouped_mm, {label}", calls, expected, clock)
+    row["grouped_mm"] = float_times[tokens]
+    for name, products in peers.items():
+        calls = [partial(product, x, ids.int(), routing) for product in products]
+        row[name] = measured(f"{name}, {label}", calls, expected, clock)
+    table.add(scheme=one.name, tokens=tokens, experts=one.experts, chosen=one.k, **row)
 
 
 def dense(x: Tensor, ids: Tensor, routing: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The float experts."""
     return run_float_experts(x, ids, routing, up, None, down, None, "silu", False, False)
+
+
+DENSE = Compiled(dense)
 
 
 if __name__ == "__main__":

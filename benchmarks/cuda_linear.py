@@ -4,18 +4,18 @@
     python benchmarks/cuda_linear.py --peers peers            # five shapes x nine numbers of rows, under ten minutes
     python benchmarks/cuda_linear.py --device cpu             # a dry run without a GPU
 
-Microseconds in CUDA graphs, over weights that the L2 cache does not hold; each product is checked first.
+Microseconds in CUDA graphs, over weights that the L2 cache does not hold; each product is checked first. Those of
+quantized activations are in ``cuda_scaled.py``.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from cuda_common import Clock, Table, arguments, ceilings, copies, error, inductor
-from cuda_peers import GROUP, INT4, TOLERANCE
+from cuda_common import Clock, Compiled, Table, arguments, build, ceilings, copies, measured
+from cuda_peers import GROUP, INT4
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,7 +26,6 @@ from qcompile.types import PackedWeight, Scheme, Site
 
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (8192, 8192))  # Qwen3-8B, and the anchor of Marlin
 ROWS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
-OTHERS = ("w8a16", "w8a8", "w4a8_g128", "wfp8afp8")  # our other schemes; their quantization of x is part of the time
 
 
 def random_weight(scheme: str, out: int, inn: int, device: str) -> PackedWeight:
@@ -54,7 +53,7 @@ class Ours:
     def __init__(self, weights: Sequence[PackedWeight]) -> None:
         self.kernel, self.scheme, self.out = kernel_of(weights[0]), weights[0].scheme, weights[0].shape[0]
         self.tensors = [self.kernel.prepare(weight) for weight in weights]
-        self.compiled: dict[int, Callable] = {}
+        self.compiled = Compiled(self._product)
 
     def _product(self, x: Tensor, *tensors: Tensor) -> Tensor:
         if self.scheme.activation is None:
@@ -67,9 +66,7 @@ class Ours:
         return [partial(self._run, tensors) for tensors in self.tensors]
 
     def _run(self, tensors: list[Tensor], x: Tensor) -> Tensor:
-        if x.shape[0] not in self.compiled:
-            self.compiled[x.shape[0]] = inductor(self._product, [x, *tensors])
-        return self.compiled[x.shape[0]](x, *tensors)
+        return self.compiled(x, *tensors)
 
 
 def main() -> None:
@@ -82,80 +79,37 @@ def main() -> None:
         bytes_of = out * inn / 2
         weights = [random_weight("w4a16_g128", out, inn, chosen.device) for _ in range(2 if dry else copies(bytes_of))]
         floats = [numerics.dequantize_packed(w) for w in weights]
-        built: dict[str, list[Callable]] = {"ours": Ours(weights).products()}
-        for name, make in INT4.items():
-            try:
-                built[name] = [
-                    make(numerics.unpack_codes(w.codes, 4, inn), w.scales, f)
-                    for w, f in zip(weights, floats, strict=True)
-                ]
-            except Exception as reason:  # whatever another project raises
-                print(f"{name}: {str(reason)[:160]}", file=sys.stderr)
+        peers = [(numerics.unpack_codes(w.codes, 4, inn), w.scales, f) for w, f in zip(weights, floats, strict=True)]
+        built = {"ours": Ours(weights).products()} | {name: build(name, make, peers) for name, make in INT4.items()}
         for rows in numbers:
             x = torch.randn(rows, inn, device=chosen.device).bfloat16()
             expected, row = x.double() @ floats[0].double().t(), {"rows": rows, "out": out, "in": inn}
             for name, products in built.items():
-                row[name] = measured(name, products, x, expected, clock)
+                label, calls = f"{name}, {rows} x {out} x {inn}", [partial(product, x) for product in products]
+                row[name] = measured(label, calls, expected, clock)
             if row.get("ours"):
                 moved = bytes_of * (1 + 4 / GROUP) + 2 * rows * (out + inn)
                 row["ours_tb_s"] = moved / row["ours"] / 1e6
             table.add(scheme="w4a16_g128", **row)
             if clock.is_over:
                 return
-        for scheme in OTHERS:
-            others(scheme, out, inn, floats, numbers, table, clock)
-
-
-def others(scheme, out, inn, floats, numbers, table, clock) -> None:
-    """Our other schemes beside the float product, and int8 and fp8 ones beside torch's own."""
-    weights = [random_weight(scheme, out, inn, floats[0].device.type) for _ in floats]
-    products = Ours(weights).products()
-    exact = numerics.dequantize_packed(weights[0]).double()
-    for rows in numbers:
-        x = torch.randn(rows, inn, device=floats[0].device).bfloat16()
-        inputs = x.double()
-        if weights[0].scheme.activation is not None:
-            parts = numerics.quantize_activation(x, weights[0].scheme.activation, ())
-            inputs = numerics.dequantize_activation(parts, weights[0].scheme.activation).double()
-        row = {"ours": measured("ours", products, x, inputs @ exact.t(), clock)}
-        row["cublas"] = clock.time([partial(F.linear, x, w) for w in floats])
-        if clock.device == "cuda" and scheme in TORCHS_OWN and rows > 16:  # without the quantization of x
-            row["torch_alone"] = clock.time(TORCHS_OWN[scheme](x, weights))
-        table.add(scheme=scheme, rows=rows, out=out, **{"in": inn}, **row)
+        eight_bits(out, inn, floats, numbers, table, clock)
         if clock.is_over:
             return
 
 
-def int_mm(x: Tensor, weights: Sequence[PackedWeight]) -> list[Callable]:
-    """torch's int8 product, without scales."""
-    assert weights[0].scheme.activation is not None
-    codes = numerics.quantize_activation(x, weights[0].scheme.activation, ())[0]
-    return [partial(torch._int_mm, codes, numerics.signed_codes(w.codes).t()) for w in weights]
-
-
-def scaled_mm(x: Tensor, weights: Sequence[PackedWeight]) -> list[Callable]:
-    """torch's fp8 product with scales of rows and channels."""
-    assert weights[0].scheme.activation is not None
-    codes, scale = numerics.quantize_activation(x, weights[0].scheme.activation, ())
-    product = partial(torch._scaled_mm, codes, out_dtype=torch.bfloat16, scale_a=scale)
-    return [
-        partial(product, w.codes.view(torch.float8_e4m3fn).t(), scale_b=w.scales.float().t().contiguous())
-        for w in weights
-    ]
-
-
-TORCHS_OWN = {"w8a8": int_mm, "wfp8afp8": scaled_mm}
-
-
-def measured(name, products, x, expected, clock) -> float | None:
-    """Microseconds, None for a product that fails or is wrong."""
-    try:
-        found = error(products[0](x), expected)
-        assert found < TOLERANCE.get(name, 0.02), f"relative error {found:.3f}"
-        return clock.time([partial(product, x) for product in products])
-    except Exception as reason:  # whatever another project raises
-        print(f"{name}, {list(x.shape)}: {type(reason).__name__} {str(reason)[:160]}", file=sys.stderr)
-        return None
+def eight_bits(out, inn, floats, numbers, table, clock) -> None:
+    """Weights of eight bits, of which there are no peers here, beside the float product."""
+    weights = [random_weight("w8a16", out, inn, floats[0].device.type) for _ in floats]
+    products, exact = Ours(weights).products(), numerics.dequantize_packed(weights[0]).double()
+    for rows in numbers:
+        x = torch.randn(rows, inn, device=floats[0].device).bfloat16()
+        calls = [partial(product, x) for product in products]
+        row = {"ours": measured(f"ours, {rows} x {out} x {inn}", calls, x.double() @ exact.t(), clock)}
+        row["cublas"] = clock.time([partial(F.linear, x, w) for w in floats])
+        table.add(scheme="w8a16", rows=rows, out=out, **{"in": inn}, **row)
+        if clock.is_over:
+            return
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GROUP = 128
-_U4B8 = 1125899907892224  # vLLM's number of its type uint4b8
+U4B8 = 1125899907892224  # vLLM's number of its type uint4b8
 
 
 def cublas(codes: Tensor, scales: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -37,47 +37,56 @@ def gemlite(codes: Tensor, scales: Tensor, weight: Tensor) -> Callable[[Tensor],
     return maker.from_weights(codes.clone(), scales.reshape(-1, 1), zeros)
 
 
-def _gptq_words(codes: Tensor) -> Tensor:
+def gptq_words(codes: Tensor) -> Tensor:
     """int32 [in / 8, out], as GPTQ stores codes."""
     parts = codes.t().to(torch.int64).view(-1, 8, codes.shape[0])
     words = sum(parts[:, i] << (4 * i) for i in range(8))
     return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
 
 
+def marlin_scales(scales: Tensor) -> Tensor:
+    """[out, in / 128] -> [in / 128, out], in the order in which Marlin reads them."""
+    places = [i + 8 * j for i in range(8) for j in range(8)]
+    return scales.t().reshape(-1, 64)[:, places].reshape(-1, scales.shape[0]).contiguous()
+
+
 def marlin(codes: Tensor, scales: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """vLLM's Marlin."""
     out, inn = codes.shape
     order = torch.empty(0, dtype=torch.int32, device=codes.device)
-    packed = torch.ops._C.gptq_marlin_repack(_gptq_words(codes), order, inn, out, 4, False)
-    places = [i + 8 * j for i in range(8) for j in range(8)]
-    own = scales.t().contiguous().reshape(-1, 64)[:, places].reshape(-1, out).contiguous()
+    packed = torch.ops._C.gptq_marlin_repack(gptq_words(codes), order, inn, out, 4, False)
+    own = marlin_scales(scales)
     room = torch.zeros(132, dtype=torch.int32, device=codes.device)
     nothing = (None,) * 5
     return lambda x: torch.ops._C.marlin_gemm(
-        x, None, packed, None, own, *nothing, room, _U4B8, x.shape[0], out, inn, True, False, True, False
+        x, None, packed, None, own, *nothing, room, U4B8, x.shape[0], out, inn, True, False, True, False
     )
 
 
 def machete(codes: Tensor, scales: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """vLLM's Machete."""
-    words = _gptq_words(codes).t().contiguous().t()
-    packed = torch.ops._C.machete_prepack_B(words, torch.bfloat16, _U4B8, torch.bfloat16)
+    words = gptq_words(codes).t().contiguous().t()
+    packed = torch.ops._C.machete_prepack_B(words, torch.bfloat16, U4B8, torch.bfloat16)
     own = scales.t().contiguous()
-    return lambda x: torch.ops._C.machete_mm(x, packed, _U4B8, torch.bfloat16, own, None, GROUP, None, None, None)
+    return lambda x: torch.ops._C.machete_mm(x, packed, U4B8, torch.bfloat16, own, None, GROUP, None, None, None)
 
 
 def humming(codes: Tensor, scales: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Humming, which rounds the float weight itself: its result differs by what that loses."""
+    """Humming."""
+    return humming_layer(codes, scales)
+
+
+def humming_layer(codes: Tensor, scales: Tensor):
+    """Humming's layer for one weight, or (3 dimensions) for experts."""
+    from humming import ops
     from humming.layer import HummingLayer
 
     config = {"dtype": "int4", "group_size": GROUP, "scale_dtype": "bfloat16"}
-    layer = HummingLayer(
-        shape_n=weight.shape[0], shape_k=weight.shape[1], weight_config=config, torch_dtype=torch.bfloat16
-    ).cuda()
-    layer.load_from_unquantized(weight)
+    experts = codes.shape[0] if codes.dim() == 3 else None
+    layer = HummingLayer(*codes.shape[-2:], config, num_experts=experts, torch_dtype=torch.bfloat16).cuda()
+    layer.load_from_tensors({"weight": ops.pack_weight(codes.int(), 4), "weight_scale": scales})
     layer.transform()
     return layer
 
 
 INT4 = {f.__name__: f for f in (cublas, tinygemm, gemlite, marlin, machete, humming)}
-TOLERANCE = {"humming": 0.3}  # of the relative error; of all others 0.02
