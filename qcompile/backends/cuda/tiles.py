@@ -161,17 +161,17 @@ def unfit(tiles: Tiles, weight: Weight, rows: int, target: Target) -> str:
         return f"bk is {tiles.bk}, but {weight.group or weight.columns} columns allow steps of {weight.longest}"
     if weight.columns % (tiles.splits * tiles.bk):
         return f"{weight.columns} columns are not {tiles.splits} times a multiple of {tiles.bk} (splits, bk)"
-    if tiles.bm * tiles.bn > 32 * tiles.warps * _most_sums(weight, tiles.warps):
+    if tiles.bm * tiles.bn > 32 * tiles.warps * _most_sums(weight, tiles.warps, target):
         return f"{tiles.bm} x {tiles.bn} sums do not fit into the registers of {tiles.warps} warps"
     if (shared := shared_bytes(tiles, weight, target)) > target.shared:
         return f"they take {shared} bytes of shared memory, and a block of {target.name} has {target.shared}"
     return ""
 
 
-def _most_sums(weight: Weight, warps: int) -> int:
-    """Of a thread, so that none of its 255 registers is spilled: fewer where each step has sums of its own."""
+def _most_sums(weight: Weight, warps: int, target: Target) -> int:
+    """Of a thread, so that its 255 registers hold them: fewer where each step has sums of its own, or without wgmma."""
     twice = weight.x_bits == 8 and (weight.group > 0 or weight.kind == "fp8")
-    return 128 if warps == 8 and not twice else 64
+    return 128 if warps == 8 and target.has_wgmma and not twice else 64
 
 
 def shared_bytes(tiles: Tiles, weight: Weight, target: Target) -> int:
@@ -220,7 +220,7 @@ def expert_splits(tokens: int, chosen: int, out: int, target: Target) -> int:
 
 def _many_rows(weight: Weight, mode: int, each: int, bk: int, target: Target) -> Tiles:
     bn = 128 if weight.out % 128 == 0 else 64
-    if target.has_wgmma and each >= 512 and mode == DENSE and _most_sums(weight, 8) * 8 * 32 >= 256 * bn:
+    if target.has_wgmma and each >= 512 and mode == DENSE and 256 * bn <= 32 * 8 * _most_sums(weight, 8, target):
         return Tiles(mode, 256, bn, bk, 1, 4, 8)
     return Tiles(mode, 128, bn, bk, 1, 4 if target.has_wgmma else 3, 8)
 
