@@ -27,8 +27,8 @@ STEPS: Mapping[str, tuple[int, ...]] = {
     "bm": (16, 32, 64, 128, 256), "bn": (64, 128), "bk": (64, 128), "splits": (1, 2, 4, 8), "stages": (2, 3, 4, 5, 6),
     "warps": (4, 8),
 }  # fmt: skip
-"""What is tried for each size, as far as ``tiles.unfit`` allows. All of that compiles without spills for sm_90; for sm_80
-three of 250 spill, four to six times, which their times tell."""
+"""What is tried for each size, as far as ``tiles.unfit`` allows. All of that compiles without spills for sm_90; of 250
+configurations for sm_80 three spill, four to six times, which their times tell."""
 
 DEVICE = "cuda"
 BETTER = 0.97  # of the best time so far: less is noise
