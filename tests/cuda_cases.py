@@ -272,6 +272,9 @@ def cases() -> list[Case]:
                 add(scheme, rows, arch, big=True)
     for scheme in ("w8a8", "w4a8_g128", "wfp8afp8_b128x128"):
         add(scheme, 8, experts=128)
+    for arch in ARCHS:
+        for scheme, rows in (("w4a8_g32", 1), ("w4a8_g32", 128), ("w8a8_g32", 1)):
+            add(scheme, rows, arch, big=True)
     add("wfp8afp8", 1, "sm_89", big=True)
     add("wfp8afp8_b128x128", 128, big=True)
     add("w8a8", 1024)

@@ -62,7 +62,8 @@ def check_quantized(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a8", "w4a8_g64", "w4a8_g128_asym_dynamic_asym", "w4a8_clip", "w4a4", "w3a8_g128"]
+    "scheme",
+    ["w4a8", "w4a8_g32_asym", "w4a8_g64", "w4a8_g128_asym_dynamic_asym", "w4a8_clip", "w4a4", "w3a8_g128"],
 )
 def test_four_bit_weights_with_quantized_activations(scheme, path):
     check_quantized(scheme)
@@ -70,14 +71,16 @@ def test_four_bit_weights_with_quantized_activations(scheme, path):
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w8a8", "w8a8_static", "w8a8_static_sym", "w8a8_g128", "w8a8_asym_dynamic_asym", "w6a8", "wfp8afp8",
+    ["w8a8", "w8a8_static", "w8a8_static_sym", "w8a8_g32", "w8a8_g128", "w8a8_asym_dynamic_asym", "w6a8", "wfp8afp8",
      "wfp8afp8_static", "wfp8afp8_tensor", "wfp8afp8_b128x128"],
 )  # fmt: skip
 def test_eight_bit_weights_with_quantized_activations(scheme):
     check_quantized(scheme)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g64", "w4a8", "wfp8afp8", "wfp8afp8_b128x128"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8", "w8a8_g32", "w4a8_g32", "w4a8_g64", "w4a8", "wfp8afp8", "wfp8afp8_b128x128"]
+)
 def test_sums_of_quantized_products_are_exact(scheme):
     """float32 parts of a product hold no rounding but that of float32."""
     parsed = Scheme.parse(scheme)

@@ -11,7 +11,7 @@ from qcompile.gates import gated
 from qcompile.ops import compute_experts
 
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 5e-4}
-SCHEMES = ("w4a16_g128", "w4a16_g32_asym", "w8a16", "w8a8", "w4a8_g64", "w4a8", "wfp8afp8", "wfp8afp8_b128x128",
+SCHEMES = ("w4a16_g128", "w4a16_g32_asym", "w8a16", "w8a8", "w4a8_g32", "w4a8", "wfp8afp8", "wfp8afp8_b128x128",
            "wfp8afp8_tensor")  # fmt: skip
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 72, 96
 OPS = torch.ops.qcompile_cuda

@@ -47,7 +47,7 @@ def test_quantized_activations_have_theirs(experts):
         ("sm_80", "wfp8afp8", torch.bfloat16, "reference", "sm_80 does not multiply e4m3; NVIDIA GPUs do from sm_89"),
         ("sm_90", "wfp8afp8_b64x64", torch.bfloat16, "reference", "blocks of 64 x 64 are not 128 x 128"),
         ("sm_90", "wfp8afp8_g64", torch.bfloat16, "reference", "groups of 64: it has scales per channel"),
-        ("sm_90", "w4a8_g32", torch.bfloat16, "reference", "group size 32 is none of 64, 128, 256"),
+        ("sm_90", "w4a8_g16", torch.bfloat16, "reference", "group size 16 is none of 32, 64, 128, 256"),
         ("sm_75", "w4a16_g128", torch.float16, "reference", "capability 8.0, and sm_75 is older"),
         ("sm_80", "w4a16_g128", torch.float16, "w4a16_sm80", "laid out for wgmma, which sm_80 does not have"),
         ("sm_120", "w4a16_g128", torch.float16, "w4a16_sm80", "wgmma, which sm_120 does not have"),

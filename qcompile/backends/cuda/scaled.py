@@ -18,7 +18,7 @@ from .layouts import COLUMNS, ROWS, round_up
 from .targets import Target, current
 
 LONGEST = 2**17 - 1  # input features whose products, 16 * 8 * 128 at most, a 32-bit sum holds
-INT_GROUPS = (64, 128, 256)
+INT_GROUPS = (32, 64, 128, 256)
 BLOCK = (128, 128)
 
 
@@ -135,7 +135,8 @@ class Integers(ScaledKernel):
         group = scheme.weight.group_size
         if group is not None and group not in INT_GROUPS:
             return (
-                f"group size {group} is none of {', '.join(map(str, INT_GROUPS))}, which are whole steps of a product"
+                f"group size {group} is none of {', '.join(map(str, INT_GROUPS))}, of which a step of a product has "
+                "one or two"
             )
         if site.in_features > LONGEST:
             return f"{site.in_features} input features are more than {LONGEST}, whose products a 32-bit sum holds"

@@ -61,8 +61,8 @@ class Weight(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Columns that a step may have: scales of groups are applied to sums where activations are quantized."""
-        whole = min(self.group, 128) if self.group and self.x_bits == 8 else 128
+        """Columns that a step may have: those of a group, or of two of 32, where activations are quantized."""
+        whole = max(64, min(self.group, 128)) if self.group and self.x_bits == 8 else 128
         return whole if self.columns % 128 == 0 else 64
 
     def mode(self, rows: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .overlap import prefetch_codes, prefetch_scales, wait
 from .places import place
-from .unpack import int8_operand, scales_of
+from .unpack import int8_halves, int8_operand, scales_of
 
 
 @triton.jit
@@ -75,49 +75,72 @@ def scaled_sums(
     x: where each row begins, [BM]; live: which of them are read; x_scales: where in x_scale theirs begin, which is
     applied if X_GROUPED. tiles: those of 16 channels that ``on`` is made of.
     """
-    ok = start + tl.arange(0, BK)
+    HALVES: tl.constexpr = GROUP != 0 and GROUP < BK  # a step has two groups
+    WIDTH: tl.constexpr = BK // 2 if HALVES else BK  # columns that are multiplied at once
+    tl.static_assert(GROUP == 0 or GROUP >= WIDTH)
     if KIND == "int4":
-        width: tl.constexpr = BK * 8
         tiles = (expert * (stored_out // 16) + tiles).to(tl.int64)
-        codes += tiles[:, None] * (stored_columns * 8) + start * 8 + tl.arange(0, width)[None, :]
+        codes += tiles[:, None] * (stored_columns * 8) + start * 8 + tl.arange(0, BK * 8)[None, :]
     else:
-        width: tl.constexpr = BK
-        codes += (expert * stored_out + on).to(tl.int64)[:, None] * stored_columns + ok[None, :]
-    x = x[None, :] + ok[:, None]
-    scales += expert.to(tl.int64) * scale_expert
-    own = (on // SCALE_ROWS) * scale_row
+        codes += (expert * stored_out + on).to(tl.int64)[:, None] * stored_columns
+        codes += start + tl.arange(0, WIDTH)[None, :]
+    x = x[None, :] + (start + tl.arange(0, WIDTH))[:, None]
+    scales += expert.to(tl.int64) * scale_expert + (on // SCALE_ROWS) * scale_row
+    known = on < out
     if KIND == "fp8" or GROUP:
         acc = tl.zeros((BN, BM), tl.float32)
     else:
         acc = tl.zeros((BN, BM), tl.int32)
     for k in tl.range(0, length, BK, num_stages=STAGES):
-        stored = tl.load(codes)
-        mask = live[None, :] if EVEN else live[None, :] & (ok[:, None] + k < columns)
-        inputs = tl.load(x, mask=mask, other=0.0)
-        if GROUP:
-            group = (start + k) // GROUP
-            scale = _scale(scales + group * scale_group + own, on < out, WORDS)
         if KIND == "int4":
-            w = int8_operand(stored, BN, BK, PTX)
+            w = int8_operand(tl.load(codes), BN, BK, PTX)
+            if HALVES:
+                w, other = int8_halves(w, BN, BK)
+            codes += BK * 8
         else:
-            w = stored
-        if KIND == "fp8":
-            part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.float32))
-        else:
-            part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.int32), out_dtype=tl.int32)
-        if GROUP:
-            part = part.to(tl.float32) * scale[:, None]
-            if X_GROUPED:
-                part *= tl.load(x_scale + x_scales + group, mask=live, other=0.0)[None, :]
-        acc += part
-        codes += width
+            w = tl.load(codes)
+            if HALVES:
+                other = tl.load(codes + WIDTH)
+            codes += BK
+        acc = _add(
+            acc, w, x, live, x_scale, x_scales, scales, known, start + k, columns, scale_group, KIND, GROUP, WORDS,
+            X_GROUPED, EVEN, BM, BN, WIDTH,
+        )  # fmt: skip
+        if HALVES:
+            acc = _add(
+                acc, other, x + WIDTH, live, x_scale, x_scales, scales, known, start + k + WIDTH, columns, scale_group,
+                KIND, GROUP, WORDS, X_GROUPED, EVEN, BM, BN, WIDTH,
+            )  # fmt: skip
         x += BK
     acc = acc.to(tl.float32)
     if not GROUP:
-        acc *= _scale(scales + own, on < out, WORDS)[:, None]
+        acc *= _scale(scales, known, WORDS)[:, None]
     if KIND == "int4":
         acc *= 0.0625  # codes were multiplied in the upper half of a byte
     return acc
+
+
+@triton.jit
+def _add(
+    acc, w, x, live, x_scale, x_scales, scales, known, first, columns, scale_group,
+    KIND: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, X_GROUPED: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """acc and what the columns from ``first`` on add to it, w [BN, WIDTH] being the weight's, of one group."""
+    mask = live[None, :] if EVEN else live[None, :] & (first + tl.arange(0, WIDTH)[:, None] < columns)
+    inputs = tl.load(x, mask=mask, other=0.0)
+    if GROUP:
+        group = first // GROUP
+        scale = _scale(scales + group * scale_group, known, WORDS)
+    if KIND == "fp8":
+        part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.float32))
+    else:
+        part = tl.dot(w, inputs, tl.zeros((BN, BM), tl.int32), out_dtype=tl.int32)
+    if GROUP:
+        part = part.to(tl.float32) * scale[:, None]
+        if X_GROUPED:
+            part *= tl.load(x_scale + x_scales + group, mask=live, other=0.0)[None, :]
+    return acc + part
 
 
 @triton.jit

@@ -194,3 +194,11 @@ def int8_operand(stored, BN: tl.constexpr, BK: tl.constexpr, PTX: tl.constexpr):
         high = (codes & 0xF0).to(tl.int8, bitcast=True)
     w = tl.reshape(tl.join(low, high), (R, T, 8, 4, 2, 2, 4, 2))  # R T g c s b j h -> R h g T s b c j
     return tl.reshape(tl.trans(w, 0, 7, 2, 1, 4, 5, 3, 6), (BN, BK))
+
+
+@triton.jit
+def int8_halves(w, BN: tl.constexpr, BK: tl.constexpr):
+    """An operand [BN, 64] of ``int8_operand`` as two of 32 columns."""
+    tl.static_assert(BK == 64)
+    halves = tl.trans(tl.reshape(w, (BN, 2, BK // 2)), 0, 2, 1)
+    return tl.split(halves)
