@@ -153,7 +153,7 @@ def measured(
 
 
 class Table:
-    """Rows of a benchmark; written after each one, to another name first."""
+    """Rows of a benchmark; written after each number, to another name first."""
 
     def __init__(self, name: str, chosen: argparse.Namespace, facts: dict) -> None:
         folder = Path(__file__).parent / "results"
@@ -163,9 +163,15 @@ class Table:
         self.content: dict = {**versions, **facts, "rows": []}
         self.keep = chosen.device == "cuda" or chosen.out is not None
 
-    def add(self, **row) -> None:
+    def add(self, **row) -> dict:
         """Print and keep one row."""
         self.content["rows"].append(row)
+        self.extend(row)
+        return row
+
+    def extend(self, row: dict, **more) -> None:
+        """Print and keep what a row has now."""
+        row |= more
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         if self.keep:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Mixtures of experts on a GPU: our kernels beside bfloat16 experts (torch's grouped product) and other projects'.
 
     benchmarks/cuda_peers.sh peers                          # once: what it compares with
-    python benchmarks/cuda_experts.py --peers peers         # the layers of Qwen3-30B-A3B, 1 to 1024 tokens
+    python benchmarks/cuda_experts.py --peers peers         # the layers of Qwen3-30B-A3B and DeepSeek-V3
     python benchmarks/cuda_experts.py --device cpu          # a dry run without a GPU
 
 The whole layer is timed: sorting by expert, both products, the activation and the weighted sum; all are checked first.
@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from cuda_common import Clock, Compiled, Table, arguments, build, ceilings, copies, measured
 from cuda_linear import random_weight
-from cuda_peer_experts import EXPERTS, Experts
+from cuda_peer_experts import EXPERTS
 from torch import Tensor
 
 from qcompile import numerics
@@ -24,6 +24,7 @@ from qcompile.moe import run_float_experts
 from qcompile.types import PackedWeight, Site
 
 QWEN = (128, 8, 2048, 768)  # experts, chosen, hidden and intermediate size
+DEEPSEEK = (256, 8, 7168, 2048)
 TOKENS = (1, 4, 16, 64, 256, 1024)
 PEERS_HAVE = "w4a16_g128"
 SCHEMES = (PEERS_HAVE, "w8a16", "w8a8", "w4a8_g128", "wfp8afp8")
@@ -72,42 +73,49 @@ def main() -> None:
     chosen = arguments(__doc__.splitlines()[0])
     clock, dry = Clock(chosen.device, chosen.seconds), chosen.device == "cpu"
     table = Table("cuda_experts", chosen, {"ceilings": ceilings(clock)})
-    sizes, numbers = ((8, 2, 256, 128), (1, 6)) if dry else (QWEN, TOKENS)
-    float_times: dict[int, float | None] = {}  # which are the same for every scheme
-    for scheme in SCHEMES:
+    plan = [(scheme, QWEN, TOKENS) for scheme in SCHEMES] + [(PEERS_HAVE, DEEPSEEK, (1, 16))]
+    if dry:
+        plan = [(scheme, (8, 2, 256, 128), (1, 6)) for scheme in SCHEMES]
+    float_times: dict[tuple, float | None] = {}  # which are the same for every scheme
+    for scheme, sizes, numbers in plan:
         one = Layer(scheme, sizes, chosen.device)
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in one.tensors)
         layers = [one, *(Layer(scheme, sizes, chosen.device) for _ in range(1 if dry else copies(nbytes) - 1))]
-        made = EXPERTS if scheme == PEERS_HAVE else {}
-        peers = {name: build(name, make, [layer.packed for layer in layers]) for name, make in made.items()}
-        for tokens in numbers:
-            measure(layers, peers, tokens, float_times, clock, table)
-            if clock.is_over:
-                return
+        measure(layers, numbers, float_times, clock, table)
+        if clock.is_over:
+            return
 
 
 def measure(
-    layers: list[Layer], peers: dict[str, list[Experts]], tokens: int, float_times: dict[int, float | None],
-    clock: Clock, table: Table,
-) -> None:  # fmt: skip
-    """One row of the table."""
-    one, device = layers[0], clock.device
-    x = torch.randn(tokens, one.hidden, device=device).bfloat16()
-    ids = torch.rand(tokens, one.experts, device=device).topk(one.k).indices
-    routing = torch.rand(tokens, one.k, device=device).softmax(-1)
+    layers: list[Layer], numbers: tuple[int, ...], float_times: dict[tuple, float | None], clock: Clock, table: Table
+) -> None:
+    """Rows for one scheme and size: ours for all numbers of tokens, then one peer after the other."""
+    one, found = layers[0], []
     floats = [layer.floats() for layer in layers[:2]]  # two do not fit into the L2 cache
-    expected, label = dense(x, ids, routing, *floats[0]), f"{one.name}, {tokens} tokens"
-    calls = [partial(one.compiled, x, ids, routing, *layer.tensors) for layer in layers]
-    tolerance = 0.02 if one.scheme.activation is None else 0.1
-    row = {"ours": measured(f"ours, {label}", calls, expected, clock, tolerance)}
-    if tokens not in float_times:
-        calls = [partial(DENSE, x, ids, routing, *own) for own in floats]
-        float_times[tokens] = measured(f"grouped_mm, {label}", calls, expected, clock)
-    row["grouped_mm"] = float_times[tokens]
-    for name, products in peers.items():
-        calls = [partial(product, x, ids.int(), routing) for product in products]
-        row[name] = measured(f"{name}, {label}", calls, expected, clock)
-    table.add(scheme=one.name, tokens=tokens, experts=one.experts, chosen=one.k, **row)
+    for tokens in numbers:
+        x = torch.randn(tokens, one.hidden, device=clock.device).bfloat16()
+        ids = torch.rand(tokens, one.experts, device=clock.device).topk(one.k).indices
+        call = (x, ids, torch.rand(tokens, one.k, device=clock.device).softmax(-1))
+        expected, label = dense(*call, *floats[0]), f"{one.name}, {tokens} tokens"
+        calls = [partial(one.compiled, *call, *layer.tensors) for layer in layers]
+        tolerance = 0.02 if one.scheme.activation is None else 0.1
+        row = {"scheme": one.name, "tokens": tokens, "experts": one.experts, "chosen": one.k}
+        row["ours"] = measured(f"ours, {label}", calls, expected, clock, tolerance)
+        key = (tokens, one.experts)
+        if key not in float_times:
+            calls = [partial(DENSE, *call, *own) for own in floats]
+            float_times[key] = measured(f"grouped_mm, {label}", calls, expected, clock)
+        found.append((table.add(**row, grouped_mm=float_times[key]), call, expected))
+        if clock.is_over:
+            return
+    for name, make in EXPERTS.items() if one.name == PEERS_HAVE else ():
+        products = build(name, make, [layer.packed for layer in layers])
+        for row, (x, ids, routing), expected in found:
+            calls = [partial(product, x, ids.int(), routing) for product in products]
+            label = f"{name}, {one.name}, {row['tokens']} tokens"
+            table.extend(row, **{name: measured(label, calls, expected, clock)})
+            if clock.is_over:
+                return
 
 
 def dense(x: Tensor, ids: Tensor, routing: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -137,4 +137,5 @@ def _summed(rows: Tensor) -> Tensor:
     return result
 
 
-EXPERTS = {"marlin": marlin, "vllm_triton": vllm_triton, "humming": humming}
+EXPERTS = {"vllm_triton": vllm_triton, "humming": humming, "marlin": marlin}
+"""By name; the last one is compiled by the driver, from PTX, for most of a minute when it is first called."""
