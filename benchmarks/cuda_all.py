@@ -21,7 +21,9 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-PARTS = {"cuda_check": 70, "cuda_linear": 140, "cuda_scaled": 80, "cuda_experts": 80, "cuda_decode": 180}
+PARTS = {
+    "cuda_check": 70, "cuda_chain": 40, "cuda_linear": 115, "cuda_scaled": 75, "cuda_experts": 80, "cuda_decode": 170,
+}  # fmt: skip
 """Seconds of each part, 550 together."""
 PLOTS = 45  # seconds
 SPARE = 12  # of a part's seconds: Python's and CUDA's start, and the row that is measured when its time is over

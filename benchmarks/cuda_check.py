@@ -4,7 +4,8 @@
     python benchmarks/cuda_check.py --device cpu            # a dry run without a GPU
 
 Each product is computed twice, in a CUDA graph, and by two streams at once, into memory that begins as NaN: always the
-same bits, within the error that ``README.md`` of the backend promises. Layers of experts are held to the same ops on a
+same bits, within the error that ``README.md`` of the backend promises. So are products that read each other's results,
+with launches that overlap and without. Layers of experts are held to the same ops on a
 CPU.
 """
 
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cuda_common import Clock, Table, arguments, error
+from cuda_common import Clock, Table, arguments, error, launches_apart
 from cuda_experts import Layer
 from cuda_linear import kernel_of
 from torch import Tensor
@@ -24,8 +25,9 @@ from qcompile import numerics
 from qcompile.types import PackedWeight, Scheme
 
 SCHEMES = (
-    "w4a16_g128", "w4a16_g32_asym", "w4a16", "w3a16_g64_asym", "w8a16", "w8a16_g64_asym", "w8a8", "w8a8_g128", "w4a8",
-    "w4a8_g128", "w4a8_g64_asym_dynamic_asym", "w4a4", "wfp8afp8", "wfp8afp8_tensor", "wfp8afp8_b128x128",
+    "w4a16_g128", "w4a16_g32_asym", "w4a16", "w3a16_g64_asym", "w8a16", "w8a16_g64_asym", "w8a8", "w8a8_g32",
+    "w8a8_g128", "w4a8", "w4a8_g32", "w4a8_g128", "w4a8_g64_asym_dynamic_asym", "w4a4", "wfp8afp8", "wfp8afp8_tensor",
+    "wfp8afp8_b128x128",
 )  # fmt: skip
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3}  # relative errors
 SHAPES, ROWS = ((192, 448), (4096, 4096)), (1, 5, 33, 100, 600, 1500)  # padded or not; a tile of each height
@@ -74,9 +76,10 @@ def differences(call: Callable[[], Tensor], first: Tensor, device: str) -> str:
 
 
 def checked(call: Callable[[], Tensor], expected: Tensor, limit: float, device: str) -> dict:
-    """What is known of one product."""
+    """What is known of one product; the first time, launches do not overlap."""
     try:
-        first = call()
+        with launches_apart(device):
+            first = call()
         found = error(first, expected)
         why = "" if found <= limit else "the error is above the limit"  # NaN is not below it
         return {"error": found, "limit": limit, "wrong": why or differences(call, first, device)}
@@ -115,11 +118,38 @@ def layers(device: str, clock: Clock, table: Table) -> None:
                 return
 
 
+def chains(device: str, table: Table) -> None:
+    """Products that read each other's results, in memory that is used again: the same bits if launches overlap."""
+    size, count = (64, 3) if device == "cpu" else (4096, 24)
+    for scheme in map(Scheme.parse, ("w4a16_g64", "w8a16")):
+        weights = []
+        for _ in range(3):
+            numbers = torch.randn(size, size, device=device) / size**0.5  # so that results stay as large as they were
+            packed = numerics.quantize_weight(numbers.bfloat16(), scheme)
+            weights.append(kernel_of(packed).prepare(packed))
+        kernel = kernel_of(packed)
+        for rows in (1, 100):
+            x = torch.randn(rows, size, device=device).bfloat16()
+
+            def call(x=x, kernel=kernel, weights=weights, scheme=scheme) -> Tensor:
+                for i in range(count):
+                    x = kernel.linear(x, weights[i % 3], None, scheme, size)
+                return x
+
+            with launches_apart(device):
+                apart = call()
+            finite = "" if apart.isfinite().all() else "not finite"
+            wrong = finite or differences(call, apart, device)
+            table.add(scheme=str(scheme), rows=rows, chain=f"{count} products", wrong=wrong)
+
+
 def main() -> None:
     chosen = arguments(__doc__.splitlines()[0])
     clock = Clock(chosen.device, chosen.seconds)
     table = Table("cuda_check", chosen, {})
     torch.manual_seed(0)
+    with torch.no_grad():
+        chains(chosen.device, table)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
     with torch.no_grad():

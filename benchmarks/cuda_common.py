@@ -12,7 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -117,6 +118,21 @@ class Compiled:
         return self.graphs[shapes](*inputs)
 
 
+@contextmanager
+def launches_apart(device: str) -> Iterator[None]:
+    """Within, none of our kernels starts before the one before it is complete."""
+    if device == "cpu":
+        yield
+        return
+    from qcompile.backends.cuda.device import launch
+
+    launch.OVERLAP = False
+    try:
+        yield
+    finally:
+        launch.OVERLAP = True
+
+
 def copies(nbytes: float) -> int:
     """How many weights of so many bytes no cache holds."""
     return max(2, int(4 * L2_BYTES / nbytes) + 1)
@@ -137,15 +153,19 @@ def build(name: str, make: Callable, weights: Sequence[tuple]) -> list:
 
 
 def measured(
-    name: str, calls: Sequence[Callable[[], torch.Tensor]], expected: torch.Tensor, clock: Clock,
+    name: str, calls: Sequence[Callable[[], torch.Tensor]], expected: Sequence[torch.Tensor], clock: Clock,
     tolerance: float = 0.02,
 ) -> float | None:  # fmt: skip
-    """Microseconds of a call; None where there is none, where it fails, or is wrong by more than ``tolerance``."""
+    """Microseconds of a call; None where there is none, where one fails, or is wrong by more than ``tolerance``.
+
+    expected: results of the first calls.
+    """
     if not calls:
         return None
     try:
-        found = error(calls[0](), expected)
-        assert found < tolerance, f"relative error {found:.3f}"
+        for call, right in zip(calls, expected, strict=False):
+            found = error(call(), right)
+            assert found < tolerance, f"relative error {found:.3f}"
         return clock.time(calls)
     except Exception as reason:
         print(f"{name}: {type(reason).__name__} {str(reason)[:200]}", file=sys.stderr)

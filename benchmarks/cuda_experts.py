@@ -100,11 +100,11 @@ def measure(
         calls = [partial(one.compiled, *call, *layer.tensors) for layer in layers]
         tolerance = 0.02 if one.scheme.activation is None else 0.1
         row = {"scheme": one.name, "tokens": tokens, "experts": one.experts, "chosen": one.k}
-        row["ours"] = measured(f"ours, {label}", calls, expected, clock, tolerance)
+        row["ours"] = measured(f"ours, {label}", calls, [expected], clock, tolerance)
         key = (tokens, one.experts)
         if key not in float_times:
             calls = [partial(DENSE, *call, *own) for own in floats]
-            float_times[key] = measured(f"grouped_mm, {label}", calls, expected, clock)
+            float_times[key] = measured(f"grouped_mm, {label}", calls, [expected], clock)
         found.append((table.add(**row, grouped_mm=float_times[key]), call, expected))
         if clock.is_over:
             return
@@ -113,7 +113,7 @@ def measure(
         for row, (x, ids, routing), expected in found:
             calls = [partial(product, x, ids.int(), routing) for product in products]
             label = f"{name}, {one.name}, {row['tokens']} tokens"
-            table.extend(row, **{name: measured(label, calls, expected, clock)})
+            table.extend(row, **{name: measured(label, calls, [expected], clock)})
             if clock.is_over:
                 return
 

@@ -86,7 +86,7 @@ def main() -> None:
             expected, row = x.double() @ floats[0].double().t(), {"rows": rows, "out": out, "in": inn}
             for name, products in built.items():
                 label, calls = f"{name}, {rows} x {out} x {inn}", [partial(product, x) for product in products]
-                row[name] = measured(label, calls, expected, clock)
+                row[name] = measured(label, calls, [expected], clock)
             if row.get("ours"):
                 moved = bytes_of * (1 + 4 / GROUP) + 2 * rows * (out + inn)
                 row["ours_tb_s"] = moved / row["ours"] / 1e6
@@ -105,7 +105,7 @@ def eight_bits(out, inn, floats, numbers, table, clock) -> None:
     for rows in numbers:
         x = torch.randn(rows, inn, device=floats[0].device).bfloat16()
         calls = [partial(product, x) for product in products]
-        row = {"ours": measured(f"ours, {rows} x {out} x {inn}", calls, x.double() @ exact.t(), clock)}
+        row = {"ours": measured(f"ours, {rows} x {out} x {inn}", calls, [x.double() @ exact.t()], clock)}
         row["cublas"] = clock.time([partial(F.linear, x, w) for w in floats])
         table.add(scheme="w8a16", rows=rows, out=out, **{"in": inn}, **row)
         if clock.is_over:

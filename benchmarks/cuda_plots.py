@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-FACTS = ("scheme", "rows", "tokens", "out", "in", "experts", "chosen", "ours", "ours_tb_s")  # of a row; others: peers
+FACTS = {"scheme", "rows", "tokens", "chain", "out", "in", "experts", "chosen", "ours", "ours_tb_s"}
+"""Of a row; all others are peers."""
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 MARKERS = "os^Dv<>PX*"
 RATIOS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64)
@@ -39,8 +40,8 @@ def panels(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """Rows by figure and panel: of Linears one for each scheme and shape, of experts all schemes in one figure."""
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if "out" in row:
-            found[row["scheme"]][f"{row['out']} x {row['in']}"].append(row)
+        if "rows" in row:
+            found[row["scheme"]][row.get("chain") or f"{row['out']} x {row['in']}"].append(row)
         else:
             found[f"{row['experts']} experts, {row['chosen']} of them for a token"][row["scheme"]].append(row)
     return found
@@ -99,7 +100,7 @@ def ratios(path: Path, content: dict) -> Iterator[Path]:
             rows_axis(one, rows, key)
         axes[0].set_ylabel("ratio")
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(6, max(1, len(shown))))
-        yield save(figure, path, "ratios" if "tokens" in content["rows"][0] else title)
+        yield save(figure, path, title.partition(",")[0].replace(" ", "_"))
 
 
 def bandwidth(path: Path, content: dict) -> Iterator[Path]:

@@ -54,7 +54,7 @@ def measure(scheme: str, floats: list[torch.Tensor], numbers: tuple[int, ...], t
         for name, own in products.items():
             calls = [partial(product, x) for product in own]
             label, tolerance = f"{name}, {scheme}, {rows} x {out} x {inn}", TOLERANCE.get((scheme, name), 0.02)
-            row[name] = measured(label, calls, expected, clock, tolerance)
+            row[name] = measured(label, calls, [expected], clock, tolerance)
         table.add(scheme=scheme, rows=rows, out=out, **{"in": inn}, **row)
         if clock.is_over:
             return

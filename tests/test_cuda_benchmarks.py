@@ -71,7 +71,7 @@ def test_plots_of_the_newest_tables(benchmark, tmp_path, capsys):
     benchmark("cuda_plots", "--folder", str(tmp_path)).main()
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "cuda_linear_2026-01-02_w4a16_g128.png", "cuda_linear_2026-01-02_w8a16.png",
-        "cuda_linear_2026-01-02_bandwidth.png", "cuda_experts_2026-01-01_ratios.png",
+        "cuda_linear_2026-01-02_bandwidth.png", "cuda_experts_2026-01-01_8_experts.png",
         "cuda_decode_2026-01-01_tokens.png",
     }  # fmt: skip
     assert sorted(capsys.readouterr().out.split()) == sorted(map(str, tmp_path.glob("*.png")))
