@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from qcompile.backends.cuda import tables
+from qcompile.backends.cuda.targets import attached
+
 L2_BYTES = 64 * 2**20  # of the largest GPU; weights are rotated until their sum is four times that
 
 
@@ -180,6 +183,7 @@ class Table:
         self.path = chosen.out or folder / f"{name}_{time.strftime('%Y-%m-%d')}.json"
         gpu = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu (a dry run)"
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": gpu}
+        versions["tuned_products"] = len(tables.keys(attached()))  # 0: tiles are those of the rules
         self.content: dict = {**versions, **facts, "rows": []}
         self.keep = chosen.device == "cuda" or chosen.out is not None
 

@@ -39,6 +39,7 @@ def test_the_users_table_comes_before_that_of_the_package_and_the_rule_after_bot
     tables.remember(GPU, {WEIGHT.key(1): changed(stages=3)})
     assert tiles.choose(WEIGHT, 1, GPU).stages == 3
     assert tables.own_path(GPU).is_file()
+    assert tables.keys(GPU) == {WEIGHT.key(1)}
     for other in (WEIGHT._replace(group=128), WEIGHT._replace(kind="w8a16"), WEIGHT._replace(out=512)):
         assert tiles.choose(other, 1, GPU) == tiles.rule(other, 1, GPU)
     assert tiles.choose(WEIGHT, 2, GPU) == tiles.rule(WEIGHT, 2, GPU)

@@ -103,9 +103,18 @@ def generation() -> int:
 
 def find(target: Target, key: str) -> Iterator[tuple[Entry, Path]]:
     """Entries for ``key`` and where they are: the user's, then the package's. A GPU without a name has none."""
-    for path in (own_path(target), shipped_path(target)) if target.device else ():
+    for path in _paths(target):
         if key in (tiles := _tiles_of(path)):
             yield tiles[key], path
+
+
+def keys(target: Target) -> set[str]:
+    """All that has tuned tiles on this GPU."""
+    return {key for path in _paths(target) for key in _tiles_of(path)}
+
+
+def _paths(target: Target) -> tuple[Path, ...]:
+    return (own_path(target), shipped_path(target)) if target.device else ()
 
 
 def _tiles_of(path: Path) -> dict[str, Entry]:
