@@ -25,7 +25,7 @@ def slower(goal: dict[str, int]):
     """A timer of which tiles with these sizes are the fastest; each step away costs a tenth."""
 
     def time(calls) -> float:
-        one = tiles.choose(WEIGHT, 1, GPU)
+        one = tiles.choose(WEIGHT, 1, GPU)  # whatever the rows, the ones that are measured
         away = sum(
             abs(tuning.STEPS[name].index(getattr(one, name)) - tuning.STEPS[name].index(value))
             for name, value in goal.items()
@@ -210,6 +210,19 @@ def test_max_autotune_measures_before_splits_are_part_of_a_graph(tuned, attached
     compiled()
     assert measured == []
     assert splits_of(graphs[1]) == splits_of(graphs[2]) == [0]
+
+
+def test_a_graph_of_unknown_rows_is_measured_for_those_it_is_traced_with(attached, monkeypatch, fresh_dynamo):
+    monkeypatch.setattr(tuning, "microseconds", slower({"splits": 1}))
+    layer, graphs = quantized_linear(), []
+    options = {"max_autotune": True, "post_grad_custom_post_pass": graphs.append}
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="qcompile", dynamic=True, options=options)
+        for rows in (5, 9):
+            x = torch.randn(rows, 1024).bfloat16()
+            assert error(compiled(x), layer(x).double()) < 6e-3
+    assert [splits_of(graph) for graph in graphs] == [[0]]
+    assert tables.keys(GPU) == {WEIGHT.key(8)}
 
 
 def test_a_product_that_cannot_be_measured_is_named_and_compiled_by_the_rule(

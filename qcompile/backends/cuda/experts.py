@@ -62,13 +62,12 @@ class QuantExperts:
         experts, hidden, intermediate = sizes
         (up_scheme, down_scheme), (up_kernel, down_kernel) = schemes.split("|"), kernels.split("|")
         library, (tokens, k) = torch.ops.qcompile_cuda, ids.shape
-        if isinstance(tokens, int) and tokens:  # the ops choose tiles; if these are to be measured, now is the time
-            for weight, scheme, kernel, part in (
-                (up, up_scheme, up_kernel, "gate_up"), (down, down_scheme, down_kernel, "down"),
-            ):  # fmt: skip
-                group = scheme_of(scheme).weight.scale_columns or 0
-                stored = tiles.Weight.of(weight[0], find_kernel(kernel).kind, group, experts, part)
-                tiles.choose(stored, tokens * k, current())
+        for weight, scheme, kernel, part in (
+            (up, up_scheme, up_kernel, "gate_up"), (down, down_scheme, down_kernel, "down"),
+        ):  # fmt: skip
+            group = scheme_of(scheme).weight.scale_columns or 0
+            stored = tiles.Weight.of(weight[0], find_kernel(kernel).kind, group, experts, part)
+            tiles.splits_in_graph(stored, tokens * k, current())  # none, but the ops will want tiles
         order, ends = library.expert_order(ids, experts)
         inputs = _quantized(x, up_scheme)
         rows = library.gate_up(

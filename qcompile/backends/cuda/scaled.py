@@ -92,10 +92,9 @@ class ScaledKernel(TritonKernel):
         """
         group = scheme.weight.scale_columns or 0
         grouped = scheme.weight.block is not None and x_scale.shape[-1] > 1
-        rows, splits = x.shape[0], 0
-        if isinstance(rows, int) and rows:
-            experts = 0 if ends is None else ends.shape[0]
-            splits = tiles.choose(tiles.Weight.of(codes, self.kind, group, experts), rows, current()).splits
+        experts = 0 if ends is None else ends.shape[0]
+        stored = tiles.Weight.of(codes, self.kind, group, experts)
+        splits = tiles.splits_in_graph(stored, x.shape[0], current())
         partial = splits if splits > 1 else 1 if correction is not None else 0
         result = torch.ops.qcompile_cuda.scaled_linear(
             x, x_scale if grouped or not partial else None, codes, scales, None if partial else bias, ends, self.kind,

@@ -15,8 +15,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
+from ...labels import hint
 from . import tables
 from .targets import Target
 
@@ -44,7 +45,7 @@ class Weight(NamedTuple):
     @classmethod
     def of(cls, codes: Tensor, kind: str, group: int = 0, experts: int = 0, part: str = "") -> Weight:
         """A prepared weight: rows and columns of ``codes``, or (``layouts.py``) tiles of 16 rows."""
-        out, columns = codes.shape[-2:]
+        out, columns, experts = hint(codes.shape[-2]), hint(codes.shape[-1]), hint(experts)
         if bits := {"w4a16": 4, "w8a16": 8, "int4": 4}.get(kind):
             out, columns = out * 16, columns // (2 * bits)
         return cls(kind, out, columns, experts, group, part)
@@ -104,6 +105,15 @@ def choose(weight: Weight, rows: int, target: Target) -> Tiles:
     """Tiles for ``rows`` of activations."""
     decide = _DECIDES.get()
     return known(weight, rows, target) if decide is None else decide(weight, rows, target)
+
+
+def splits_in_graph(weight: Weight, rows: int | SymInt, target: Target) -> int:
+    """Splits that become part of a graph; 0 for an unknown number of rows, for which each launch chooses.
+
+    Of that one tiles are chosen too, for the rows that the graph is traced with: if any are to be measured, then now.
+    """
+    splits = choose(weight, hint(rows), target).splits if hint(rows) else 0
+    return 0 if isinstance(rows, SymInt) else splits
 
 
 @contextmanager

@@ -125,11 +125,9 @@ class WeightOnly(TritonKernel):
         becomes part of what reads it."""
         codes, pairs, *permutation = weight
         x = in_stored_order(x, permutation, ends)
-        splits, rows = 0, x.shape[0]
-        if isinstance(rows, int) and rows:
-            experts = 0 if ends is None else ends.shape[0]
-            stored = tiles.Weight.of(codes, self.kind, scheme.weight.group_size or 0, experts)
-            splits = tiles.choose(stored, rows, current()).splits
+        experts = 0 if ends is None else ends.shape[0]
+        stored = tiles.Weight.of(codes, self.kind, scheme.weight.group_size or 0, experts)
+        splits = tiles.splits_in_graph(stored, x.shape[0], current())
         multiplied = torch.ops.qcompile_cuda.float_linear(
             x, codes, pairs, bias if splits < 2 else None, ends, self.bits, self.order == "wgmma",
             scheme.weight.group_size or 0, self.is_centered(scheme), out,
