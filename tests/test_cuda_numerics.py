@@ -13,7 +13,8 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_compute_their_definitions():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
-    command += ["cuda_interpreted.py", "cuda_interpreted_experts.py", "cuda_interpreted_tuning.py"]
+    command += ["cuda_interpreted.py", "cuda_interpreted_experts.py", "cuda_interpreted_overlap.py"]
+    command += ["cuda_interpreted_tuning.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)

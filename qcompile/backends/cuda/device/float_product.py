@@ -31,7 +31,7 @@ def float_product(
         start, step = split * split_columns, BITS * 2  # bytes of a column in 16 rows
         strip = (pn * (BN // 16) + tl.arange(0, BN // 16)).to(tl.int64)
         prefetch_codes(codes + strip * (stored_columns * step) + start * step, split_columns * step, BK * BITS * 2)
-        prefetch_scales(words, pn * BN, start, split_columns, 1, stored_out, 1, GROUP, BN, BK)
+        prefetch_scales(words, pn * BN, stored_out, start, split_columns, 1, stored_out, 1, GROUP, BN, BK)
     wait(PDL)
     expert, first, end = place(ends, rows, experts, MODE, EXPERTS, BM)
     if first >= end:

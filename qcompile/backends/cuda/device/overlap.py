@@ -44,11 +44,11 @@ def prefetch_codes(begun, length, STEP: tl.constexpr):
 
 @triton.jit
 def prefetch_scales(
-    scales, first, start, length, scale_row, scale_group,
+    scales, first, out, start, length, scale_row, scale_group,
     SCALE_ROWS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Scales (4 bytes each) of the first steps of columns ``start`` .. ``start + length`` and BN channels."""
-    channel = first + tl.arange(0, BN // 32) * 32  # of each line
+    """Scales (4 bytes each) of BN of ``out`` channels, for the first steps of ``length`` columns from ``start`` on."""
+    channel = tl.minimum(first + tl.arange(0, BN // 32) * 32, out - 1)  # of each line
     at = scales + (channel // SCALE_ROWS) * scale_row
     if GROUP:
         count: tl.constexpr = max(1, AHEAD * BK // GROUP)

@@ -37,7 +37,8 @@ def scaled_product(
         else:
             channel = (pn * BN + tl.arange(0, BN)).to(tl.int64)
             prefetch_codes(codes + channel * stored_columns + start, split_columns, BK)
-        prefetch_scales(scales, pn * BN, start, split_columns, scale_row, scale_group, SCALE_ROWS, GROUP, BN, BK)
+        known = out if KIND == "fp8" else stored_out  # only scales of integers are padded
+        prefetch_scales(scales, pn * BN, known, start, split_columns, scale_row, scale_group, SCALE_ROWS, GROUP, BN, BK)
     wait(PDL)
     expert, first, end = place(ends, rows, experts, MODE, EXPERTS, BM)
     if first >= end:
