@@ -4,6 +4,7 @@
     python benchmarks/cuda_decode.py --device cpu           # a dry run without a GPU: a tiny model
 
 Both sides have a static cache and ``mode="reduce-overhead"``; torchao's int4 is a third where it is installed.
+TORCHINDUCTOR_ENABLE_PDL=1 lets launches of Inductor's kernels overlap on Hopper, on all sides, as those of ours do.
 """
 
 from __future__ import annotations
