@@ -58,6 +58,9 @@ def test_a_key_is_of_one_weight_mode_and_bucket(one, other):
     def described(weight, rows):
         return weight, weight.mode(rows), tiles.bucket(rows)
 
+    weight, rows = one
+    assert weight.key(weight.most(rows)) == weight.key(rows)
+    assert weight.most(rows) >= min(rows, tiles.MOST_ROWS)
     assert (one[0].key(one[1]) == other[0].key(other[1])) == (described(*one) == described(*other))
 
 

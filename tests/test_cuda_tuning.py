@@ -58,13 +58,15 @@ def test_a_gain_within_noise_keeps_the_rule(easy):
     assert found.best == tiles.rule(WEIGHT, 1, GPU)
 
 
-@pytest.mark.parametrize("kind", ["raises", "differs", "nan"])
+@pytest.mark.parametrize("kind", ["raises", "is silent", "differs", "nan"])
 def test_tiles_that_fail_or_compute_something_else_are_dropped(kind, monkeypatch):
     def call():
         if tiles.choose(WEIGHT, 1, GPU).bn == 64:
             return torch.ones(4)
         if kind == "raises":
             raise RuntimeError("out of resource: shared memory\nmore")
+        if kind == "is silent":
+            raise AssertionError
         return torch.full((4,), torch.nan if kind == "nan" else 1.1)
 
     monkeypatch.setattr(samples, "products", lambda *_: [call])
@@ -72,9 +74,24 @@ def test_tiles_that_fail_or_compute_something_else_are_dropped(kind, monkeypatch
     assert found.best.bn == 64
     assert found.dropped
     assert {one.bn for one in found.dropped} == {128}
-    expected = {"raises": "RuntimeError: out of resource: shared memory", "differs": "off by 0.1", "nan": "off by nan"}
+    expected = {
+        "raises": "RuntimeError: out of resource: shared memory",
+        "is silent": "AssertionError: ",
+        "differs": "off by 0.1",
+        "nan": "off by nan",
+    }
     assert all(why.endswith(expected[kind]) for why in found.dropped.values())
     assert expected[kind] in str(found)
+
+
+def test_rows_are_measured_in_the_way_in_which_they_are_computed():
+    """Up to 30 of 60 experts each have a program: those tiles are no use to 31 or 32, which are in the same bucket."""
+    weight = Weight("w4a16", 128, 256, 60, 64, "down")
+    found = tuning.measure(weight, 30, GPU, "cpu", lambda calls: 1.0)
+    assert {(one.mode, one.bm) for one in found.times} == {(tiles.EACH_ROW, 16)}
+    tables.remember(GPU, {weight.key(17): found.entry()})
+    assert tiles.tuned(weight, 30, GPU) == found.best
+    assert tiles.tuned(weight, 31, GPU) is None
 
 
 def test_the_rules_own_failure_is_raised(monkeypatch):
@@ -100,7 +117,7 @@ def test_candidates_fit(weight, rows, arch):
 
 @pytest.mark.parametrize(("kind", "group"), KINDS)
 @pytest.mark.parametrize(("experts", "part"), [(0, ""), (8, ""), (8, "gate_up"), (8, "down")])
-@pytest.mark.parametrize("rows", [2, 32])
+@pytest.mark.parametrize("rows", [2, 31])
 def test_products_to_measure_are_those_of_a_graph(kind, group, experts, part, rows):
     weight = Weight(kind, 128, 256, experts, group, part)
     calls = samples.products(weight, rows, GPU, "cpu")

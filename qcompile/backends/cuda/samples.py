@@ -128,7 +128,7 @@ def _scaled(weight: Weight, rows: int, target: Target, x: list[Tensor], made: _R
 
 
 def _part_of_experts(weight: Weight, rows: int, target: Target, x: list[Tensor], made: _Random):
-    """rows: (token, slot) pairs, of tokens with up to 8 experts each."""
+    """rows: (token, slot) pairs, as many as there are of whole tokens, with up to 8 experts each."""
     scheme = scheme_of(weight)
     kernel = "cuda." + ("fp8" if weight.kind == "fp8" else SCHEMES[weight.kind])
     kernel += ("_sm90" if target.has_wgmma else "_sm80") if weight.x_bits == 16 else ""
@@ -136,7 +136,7 @@ def _part_of_experts(weight: Weight, rows: int, target: Target, x: list[Tensor],
     ids = made.uniform(rows // k, weight.experts).topk(k).indices
     routing = made.uniform(rows // k, k)
     order, ends = _OPS.expert_order(ids, weight.experts)
-    tokens = [part[: rows // k] for part in x]
+    tokens, pairs = ([part[:count] for part in x] for count in (rows // k, ids.numel()))
 
     def gate_up(*tensors: Tensor) -> Tensor:
         half = weight.out // 2
@@ -146,7 +146,7 @@ def _part_of_experts(weight: Weight, rows: int, target: Target, x: list[Tensor],
         few = tiles.each_row(rows, weight.experts)
         splits = tiles.expert_splits(rows // k, k, weight.out, target) if few else 1
         y = _OPS.down(
-            x, ids, routing, order, ends, tensors, scheme, kernel, weight.out, splits if splits > 1 else 0,
+            pairs, ids, routing, order, ends, tensors, scheme, kernel, weight.out, splits if splits > 1 else 0,
             torch.bfloat16,
         )  # fmt: skip
         return y.sum(0) if splits > 1 else y

@@ -70,6 +70,10 @@ class Weight(NamedTuple):
         """How programs find their rows."""
         return DENSE if not self.experts else EACH_ROW if each_row(rows, self.experts) else BLOCKS
 
+    def most(self, rows: int) -> int:
+        """The largest number of rows that has the key of this one: what is measured for all of them."""
+        return min(bucket(rows), self.experts // 2) if self.mode(rows) == EACH_ROW else bucket(rows)
+
     def key(self, rows: int) -> str:
         """What a table calls this product: rows are rounded up to a power of two."""
         words = [self.kind, f"g{self.group}" if self.group else "", self.part]

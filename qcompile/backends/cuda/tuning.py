@@ -96,14 +96,14 @@ class Measured:
 
 
 def measure(weight: Weight, rows: int, target: Target, device: str, timer: Timer = microseconds) -> Measured:
-    """Time tiles for ``rows`` (rounded up to a bucket) of random numbers and as many weights as no cache holds.
+    """Time tiles for as many ``rows`` as have the same key, of random numbers, with as many weights as no cache holds.
 
     Tiles that do not compile or run, or whose result is not that of the rule's, are dropped. Raises whatever the rule's
     raise, and torch.OutOfMemoryError where there is no room for the weights.
     """
     from .samples import products
 
-    rows = tiles.bucket(rows)
+    rows = weight.most(rows)
     calls = products(weight, rows, target, device)
     found = Measured(tiles.rule(weight, rows, target))
     expected, around = None, found.rule
@@ -122,7 +122,7 @@ def measure(weight: Weight, rows: int, target: Target, device: str, timer: Timer
                 except Exception as error:  # of Triton's compiler, of ptxas, of the driver
                     if one == found.rule:
                         raise
-                    found.dropped[one] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                    found.dropped[one] = f"{type(error).__name__}: {_first_line(error)}"
         best = min(found.times, key=lambda one: found.times[one])
         if found.times[best] >= BETTER * found.times[around] and len(found.times) > 1:
             break
@@ -132,8 +132,12 @@ def measure(weight: Weight, rows: int, target: Target, device: str, timer: Timer
     return found
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:160]
+
+
 def _difference(result: Tensor, expected: Tensor) -> str:
-    error = ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+    error = ((result.float() - expected.float()).norm() / expected.float().norm()).item()
     return "" if error < SAME else f"its result is off by {error:.2g}"
 
 
@@ -154,7 +158,7 @@ def _measured_now(weight: Weight, rows: int, target: Target) -> Tiles:
     """What a table has, after measuring it where none had it."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    key, failed = weight.key(rows), (weight, tiles.bucket(rows), target)
+    key, failed = weight.key(rows), (weight, weight.most(rows), target)
     wanted = target == attached() and failed not in _FAILED and is_measured(weight, rows)
     if wanted and tiles.tuned(weight, rows, target) is None:
         try:
@@ -162,7 +166,7 @@ def _measured_now(weight: Weight, rows: int, target: Target) -> Tiles:
                 found = measure(weight, rows, target, DEVICE, microseconds)
         except Exception as error:
             _FAILED.add(failed)
-            tables.report(f"tiles for {key!r} were not tuned: {type(error).__name__}: {str(error)[:200]}")
+            tables.report(f"tiles for {key!r} were not tuned: {type(error).__name__}: {_first_line(error)}")
         else:
             tables.report(f"tuned {key!r} on {target.device}: {found}")
             tables.remember(target, {key: found.entry()})
