@@ -37,6 +37,7 @@ class Options(BaseModel):
     allow_float  compile a graph in which nothing is quantized instead of raising
     passes       passes to add, by object, class or installed name, and "-name" for each of ours to leave out
     verify       what every pass is held to: "shapes" (default), or "numbers" to run the graph before and after as well
+    replay       on a CPU, repeat calls with the same sizes and caches from a recording (default), without Python
     npu_graph    what runs the graph on an NPU: "npugraph_ex", "aclgraph", "torchair" or "eager" (default: the first of
                  them that can be used)
     nz           with config, on an NPU: store weights as FRACTAL_NZ where they allow it (default), or not
@@ -49,6 +50,7 @@ class Options(BaseModel):
     allow_float: bool = False
     passes: tuple[Any, ...] = ()
     verify: Literal["shapes", "numbers"] = "shapes"
+    replay: bool = True
     npu_graph: str | None = None
     nz: bool | None = None
 
@@ -114,7 +116,7 @@ def parse_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Opt
     mine = {name: given.pop(name) for name in Options.model_fields if name in given}
     if "config" in mine and mine["config"] is not None:
         mine["config"] = as_config(mine["config"])
-    for name in ("regions", "allow_float", "nz"):
+    for name in ("regions", "allow_float", "replay", "nz"):
         if name in mine and not isinstance(mine[name], bool):
             raise ConfigError(f"option {name!r} must be True or False, not {mine[name]!r}")
     if mine.get("verify", "shapes") not in ("shapes", "numbers"):
@@ -211,18 +213,27 @@ class _Inner:
             weights = metadata.static_input_indices if metadata is not None else []
             return self.finish(module, example_inputs, weights, self.options.npu_graph), 1, 1
         pieces = cut(module) if self.options.regions else []
+        weights = list(kwargs.get("static_input_idxs") or ())
         if len(pieces) < 2:
-            return compile_fx_inner(module, example_inputs, **kwargs), 1, 1
+            whole = compile_fx_inner(module, example_inputs, **kwargs)
+            return self._repeated(whole, [whole], module, weights), 1, 1
+        made: list[Any] = []
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        static = {placeholders[i] for i in kwargs.get("static_input_idxs") or ()}
+        static = {placeholders[i] for i in weights}
 
         def compile_one(piece, inputs):
             positions = [i for i, node in enumerate(piece.inputs) if node in static]
             with _no_output_strides():
-                return compile_fx_inner(piece.module, inputs, **{**kwargs, "static_input_idxs": positions})
+                made.append(compile_fx_inner(piece.module, inputs, **{**kwargs, "static_input_idxs": positions}))
+            return made[-1]
 
         function, distinct = compile_pieces(pieces, module, compile_one)
-        return function, len(pieces), distinct
+        return self._repeated(function, made, module, weights), len(pieces), distinct
+
+    def _repeated(self, function: Any, compiled: list[Any], module: GraphModule, weights: list[int]) -> Any:
+        """``function``, by whatever the device has to run it again with less effort."""
+        repeat = getattr(self.device, "repeat", None) if self.options.replay else None
+        return function if repeat is None else repeat(function, compiled, module.graph, weights)
 
 
 def _dynamic_inputs(module: GraphModule, limit: int = 3) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch.fx import Graph
 
 from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
+from . import native
 from .attention import Attend
 from .kernels import Int4Pack, Int8Pack, IntMM
 from .native_kernel import Native
+from .replay import Replay
 
 
 class CPU:
@@ -22,6 +26,12 @@ class CPU:
     def missing(self) -> str:
         """A CPU is always there."""
         return ""
+
+    def repeat(self, run: Callable, compiled: Sequence[Any], graph: Graph, weights: Sequence[int]) -> Callable:
+        """``run``, repeated without Python where it can be (``replay.py``); the arguments are those of ``Replay``."""
+        if native.unavailable():
+            return run
+        return Replay(run, compiled, graph, weights)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called ``name``."""

@@ -141,10 +141,8 @@ inline void join(const float* parts, const Softmax* softmax, int64_t chunks, int
   }
 }
 
-// q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width]; mask, which
-// is added to the scaled scores, broadcasts to [batch, heads, 1, positions] -> [batch, heads, 1, value width]. A query
-// that may see no position gets zeros.
-inline Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask, double scale) {
+// What `attend_into` takes, or an error.
+inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(2) == 1, "qcompile_cpu: attend is for one query row");
   const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), positions = k.size(2), width = v.size(3);
   TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && v.size(1) == shared && v.size(2) == positions &&
@@ -153,6 +151,14 @@ inline Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const op
   TORCH_CHECK(k.scalar_type() == v.scalar_type(), "qcompile_cpu: k and v must have one dtype");
   TORCH_CHECK(q.size(3) % kHeadWidth == 0 && width % kHeadWidth == 0, "qcompile_cpu: heads must be multiples of ",
               kHeadWidth, " wide, not ", q.size(3), " and ", width);
+}
+
+// q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width]; mask, which
+// is added to the scaled scores, broadcasts to [batch, heads, 1, positions] -> [batch, heads, 1, value width]. A query
+// that may see no position gets zeros.
+inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const optional<Tensor>& mask, double scale) {
+  const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), positions = k.size(2), width = v.size(3);
   const auto side_by_side = [](const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const Tensor k_rows = side_by_side(k), v_rows = side_by_side(v);
   const Tensor q_rows = side_by_side(q);
@@ -198,14 +204,12 @@ inline Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const op
       }
     }
   });
-  Tensor result = at::empty({batch, heads, 1, width}, q.options());
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chunks * width));
   at::parallel_for(0, batch * heads, grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i)
       join(parts.data_ptr<float>() + i * chunks * width, &softmax[i * chunks], chunks, width,
            static_cast<char*>(result.data_ptr()) + i * width * result.element_size(), type_of(q.scalar_type()));
   });
-  return result;
 }
 
 }  // namespace qcompile

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "inputs.h"
+#include "tape.h"
 
 namespace qcompile {
 namespace {
@@ -24,45 +25,67 @@ Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::from_blob(memory, sizes, [](void* p) { std::free(p); }, at::TensorOptions(dtype));
 }
 
-// Inputs x of `sizes` times each weight: [..., out] each. Weights must share their groups.
-template <class Inputs>
-std::vector<Tensor> multiplied(Inputs inputs, at::IntArrayRef sizes, const std::vector<Weight>& weights,
-                               const std::vector<optional<Tensor>>& biases, const optional<Tensor>& ends,
-                               at::IntArrayRef out_features, at::ScalarType dtype) {
-  std::vector<Tensor> results, added;
-  std::vector<Job> jobs;
-  const int64_t rows = c10::multiply_integers(sizes.slice(0, sizes.size() - 1));
+// make_inputs() of `sizes` times each weight: [..., out] each. Weights must share their groups.
+template <class MakeInputs, class... Tensors>
+std::vector<Tensor> multiplied(MakeInputs make_inputs, at::IntArrayRef sizes, const std::vector<Weight>& weights,
+                               const std::vector<optional<Tensor>>& biases, at::IntArrayRef out_features,
+                               at::ScalarType dtype, const optional<Tensor>& ends, const Tensors&... tensors) {
+  std::vector<Tensor> results;
   int64_t panels = 0;
-  for (const Weight& weight : weights) panels += weight.panels;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& weight = weights[i];
-    const optional<Tensor>& bias = biases[i];
+    panels += weight.panels;
     TORCH_CHECK(ceil_div(out_features[i], kPanel) == weight.panels, "qcompile_cpu: ", out_features[i],
                 " output features do not fit ", weight.panels, " panels of ", kPanel);
     TORCH_CHECK(sizes.back() <= weight.features, "qcompile_cpu: x ", sizes, " is wider than the weight's ", weight.features);
     TORCH_CHECK(weight.features == weights[0].features && weight.group == weights[0].group,
                 "qcompile_cpu: weights of one product must have the same input features and groups");
-    TORCH_CHECK(!bias || bias->numel() == out_features[i], "qcompile_cpu: the bias must be [", out_features[i], "]");
-    added.push_back(bias ? bias->to(at::kFloat).contiguous() : Tensor());
+    TORCH_CHECK(!biases[i] || biases[i]->numel() == out_features[i], "qcompile_cpu: the bias must be [", out_features[i], "]");
     auto shape = sizes.vec();
     shape.back() = out_features[i];
     results.push_back(at::empty(shape, at::TensorOptions(dtype)));
-    const Output out{static_cast<char*>(results[i].data_ptr()), type_of(dtype), out_features[i],
-                     bias ? added[i].data_ptr<float>() : nullptr};
-    jobs.push_back({weight, items_of(ends, weight, panels, rows, inputs.planes), out});
-    inputs.prepare(weight, jobs.back().items);
   }
-  run(jobs, [&](const Job& job, const Item& item, int64_t panel, Scratch& scratch) {
-    inputs.multiply(job, item, panel, scratch);
-  });
+  const int64_t rows = c10::multiply_integers(sizes.slice(0, sizes.size() - 1));
+  const auto compute = [=](const optional<Tensor>& ends, const Tensors&... tensors) {
+    auto inputs = make_inputs(tensors...);
+    std::vector<Tensor> added;
+    std::vector<Job> jobs;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      added.push_back(biases[i] ? biases[i]->to(at::kFloat).contiguous() : Tensor());
+      const Output out{static_cast<char*>(results[i].data_ptr()), type_of(dtype), results[i].size(-1),
+                       biases[i] ? added[i].template data_ptr<float>() : nullptr};
+      jobs.push_back({weights[i], items_of(ends, weights[i], panels, rows, inputs.planes), out});
+      inputs.prepare(weights[i], jobs.back().items);
+    }
+    run(jobs, [&](const Job& job, const Item& item, int64_t panel, Scratch& scratch) {
+      inputs.multiply(job, item, panel, scratch);
+    });
+  };
+  compute_and_record(compute, ends, tensors...);
   return results;
+}
+
+std::vector<Tensor> float_products(const Tensor& x, const std::vector<Weight>& weights,
+                                   const std::vector<optional<Tensor>>& biases, const optional<Tensor>& ends,
+                                   at::IntArrayRef out_features, at::ScalarType dtype) {
+  const auto make = [](const Tensor& x) { return FloatInputs(x); };
+  return multiplied(make, x.sizes(), weights, biases, out_features, dtype, ends, x);
+}
+
+std::vector<Tensor> code_products(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros,
+                                  const std::vector<Weight>& weights, const std::vector<optional<Tensor>>& biases,
+                                  const optional<Tensor>& ends, at::IntArrayRef out_features, at::ScalarType dtype) {
+  const auto make = [](const Tensor& x, const Tensor& scales, const optional<Tensor>& zeros) {
+    return CodeInputs(x, scales, zeros);
+  };
+  return multiplied(make, x.sizes(), weights, biases, out_features, dtype, ends, x, x_scales, x_zeros);
 }
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const optional<Tensor>& zeros,
               const optional<Tensor>& bias, const optional<Tensor>& ends, int64_t zero, int64_t out_features,
               at::ScalarType dtype) {
   const Weight weight(codes, scales, zeros, std::nullopt, zero, ends.has_value());
-  return multiplied(FloatInputs(x), x.sizes(), {weight}, {bias}, ends, {out_features}, dtype)[0];
+  return float_products(x, {weight}, {bias}, ends, {out_features}, dtype)[0];
 }
 
 Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros, const Tensor& codes,
@@ -70,7 +93,7 @@ Tensor scaled_linear(const Tensor& x, const Tensor& x_scales, const optional<Ten
                      const optional<Tensor>& bias, const optional<Tensor>& ends, int64_t zero, int64_t out_features,
                      at::ScalarType dtype) {
   const Weight weight(codes, scales, zeros, sums, zero, ends.has_value());
-  return multiplied(CodeInputs(x, x_scales, x_zeros), x.sizes(), {weight}, {bias}, ends, {out_features}, dtype)[0];
+  return code_products(x, x_scales, x_zeros, {weight}, {bias}, ends, {out_features}, dtype)[0];
 }
 
 // The weights of several linears: all have zeros and sums, or none has.
@@ -91,16 +114,25 @@ std::vector<optional<Tensor>> vector_of(const c10::List<optional<Tensor>>& tenso
 std::vector<Tensor> linears(const Tensor& x, at::TensorList codes, at::TensorList scales, at::TensorList zeros,
                             const c10::List<optional<Tensor>>& biases, int64_t zero, at::IntArrayRef out_features,
                             at::ScalarType dtype) {
-  return multiplied(FloatInputs(x), x.sizes(), several(codes, scales, zeros, {}, zero), vector_of(biases), std::nullopt,
-                    out_features, dtype);
+  return float_products(x, several(codes, scales, zeros, {}, zero), vector_of(biases), std::nullopt, out_features, dtype);
 }
 
 std::vector<Tensor> scaled_linears(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros,
                                    at::TensorList codes, at::TensorList scales, at::TensorList zeros,
                                    at::TensorList sums, const c10::List<optional<Tensor>>& biases, int64_t zero,
                                    at::IntArrayRef out_features, at::ScalarType dtype) {
-  return multiplied(CodeInputs(x, x_scales, x_zeros), x.sizes(), several(codes, scales, zeros, sums, zero),
-                    vector_of(biases), std::nullopt, out_features, dtype);
+  return code_products(x, x_scales, x_zeros, several(codes, scales, zeros, sums, zero), vector_of(biases), std::nullopt,
+                       out_features, dtype);
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask, double scale) {
+  check_attend(q, k, v);
+  const Tensor result = at::empty({q.size(0), q.size(1), 1, v.size(3)}, q.options());
+  const auto compute = [=](const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask) {
+    attend_into(result, q, k, v, mask, scale);
+  };
+  compute_and_record(compute, q, k, v, mask);
+  return result;
 }
 
 }  // namespace
@@ -116,6 +148,13 @@ TORCH_LIBRARY(qcompile_cpu, m) {
         "int[] out_features, ScalarType dtype) -> Tensor[]");
   m.def("scaled_linears(Tensor x, Tensor x_scales, Tensor? x_zeros, Tensor[] codes, Tensor[] scales, Tensor[] zeros, "
         "Tensor[] sums, Tensor?[] biases, int zero, int[] out_features, ScalarType dtype) -> Tensor[]");
+  m.class_<qcompile::Tape>("Tape")
+      .def(torch::init<>())
+      .def("begin", &qcompile::Tape::begin)
+      .def("end", &qcompile::Tape::end)
+      .def("kernel", &qcompile::Tape::kernel)
+      .def("product", &qcompile::Tape::product)
+      .def("run", &qcompile::Tape::run);
   m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
 }
 
