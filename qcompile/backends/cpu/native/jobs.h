@@ -107,23 +107,26 @@ struct Scratch {
 };
 
 // Call multiply(job, item, panel, scratch) for every panel of every item, with a Scratch for each thread. Threads take
-// some panels after others, which lie together in memory. Each output has one thread, which sums in a fixed order.
+// panels that lie together in memory, first half of their share of what is left, in the end one by one. Each output has
+// one thread, which sums in a fixed order.
 template <class Multiply>
 void run(const std::vector<Job>& jobs, Multiply multiply) {
   std::vector<int64_t> ends;  // of the tasks of each job
   for (const Job& job : jobs) ends.push_back(job.tasks() + (ends.empty() ? 0 : ends.back()));
   const int64_t tasks = ends.back(), threads = at::get_num_threads();
-  const int64_t share = std::max<int64_t>(1, tasks / (16 * threads));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     Scratch scratch;
-    for (int64_t begin; (begin = next.fetch_add(share)) < tasks;) {
+    for (int64_t begin = 0; begin < tasks;) {
+      const int64_t share = std::max<int64_t>(1, (tasks - begin) / (2 * threads));
+      if (!next.compare_exchange_weak(begin, begin + share)) continue;
       for (int64_t task = begin; task < std::min(begin + share, tasks); ++task) {
         const auto index = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
         const Job& job = jobs[index];
         const int64_t own = task - (ends[index] - job.tasks());
         multiply(job, job.items[own / job.weight.panels], own % job.weight.panels, scratch);
       }
+      begin = next.load();
     }
   });
 }

@@ -27,6 +27,7 @@ using UInt8s = VectorOf<uint8_t, kVectorBytes>::type;
 using Int16s = VectorOf<int16_t, kVectorBytes>::type;
 using UInt16s = VectorOf<uint16_t, kVectorBytes>::type;
 using Int32s = VectorOf<int32_t, kVectorBytes>::type;
+using UInt64s = VectorOf<uint64_t, kVectorBytes>::type;
 using UInt32s = VectorOf<uint32_t, kVectorBytes>::type;
 using Floats = VectorOf<float, kVectorBytes>::type;
 using HalfWidth = VectorOf<uint16_t, kVectorBytes / 2>::type;     // one 16-bit number for each lane
