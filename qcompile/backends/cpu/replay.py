@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -56,7 +57,10 @@ class Replay:
         graph: Graph,
         weights: Sequence[int],
     ) -> None:
-        self.run, self.compiled, self.weights = run, compiled, tuple(weights)
+        self.run, self.compiled = run, compiled
+        self._weights_of = (
+            operator.itemgetter(*weights) if len(weights) > 1 else lambda inputs: [inputs[i] for i in weights]
+        )
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self.others = [i for i in range(len(inputs)) if i not in set(weights)]
         written = _written(graph)
@@ -93,7 +97,7 @@ class Replay:
     def _key(self, arguments: list[Any]) -> tuple[list[int], Any]:
         """Which inputs are copied, and all that a recording depends on: sizes, numbers, addresses of the others."""
         copied: list[int] = []
-        facts: list[Any] = [arguments[i].data_ptr() for i in self.weights]
+        facts: list[Any] = [*map(Tensor.data_ptr, self._weights_of(arguments))]
         for i in self.others:
             value = arguments[i]
             if not isinstance(value, Tensor):

@@ -17,6 +17,7 @@ namespace qcompile {
 
 constexpr int64_t kChunk = 256;     // positions that one task attends to
 constexpr int64_t kHeadWidth = 16;  // of which the elements of a head are a multiple
+constexpr int64_t kAhead = 4096;    // bytes from what is read to what is asked for: a cache is in pages of that size
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
 // [batch, heads, positions, width] of a float type, the elements of each position side by side.
@@ -61,6 +62,7 @@ void add_scores(const float* query, const Heads& keys, int64_t from, int64_t to,
   const int64_t width = keys.width;
   for (int64_t p = from; p < to; ++p) {
     const char* key = keys.element(p, 0);
+    for (int64_t line = 0; line < width * size_of(kType); line += 64) __builtin_prefetch(key + kAhead + line);
     Floats sums[kHeads] = {};
     for (int64_t i = 0; i < width; i += kLanes) {
       const Floats part = load_floats(key + i * size_of(kType), kType);
@@ -96,6 +98,7 @@ void add_values(const float* line, const Heads& values, int64_t from, int64_t to
   Floats sums[kHeads][kWide] = {};
   for (int64_t p = from; p < to; ++p) {
     const char* value = values.element(p, i);
+    for (int64_t line = 0; line < kWide * kLanes * size_of(kType); line += 64) __builtin_prefetch(value + kAhead + line);
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) {
       const Floats part = load_floats(value + v * kLanes * size_of(kType), kType);
