@@ -25,7 +25,7 @@ def test_all_tiles_that_are_tried_compute_the_same(weight, rows):
     gpu, times = targets.parse("sm_90"), iter([10.0, *[9.0] * 100])  # one step, then nothing is better
     found = tuning.measure(weight, rows, gpu, "cpu", lambda calls: next(times))
     assert found.dropped == {}
-    tried = {name: {getattr(one, name) for one in found.times} for name in tuning.STEPS}
+    tried = {name: {getattr(one, name) for one in found.times} for name in tiles.SIZES}
     assert tried["bn"] == {64, 128}
     assert len(tried["stages"]) > 1
     assert len(tried["splits"]) > 1 or weight.part

@@ -27,7 +27,7 @@ def slower(goal: dict[str, int]):
     def time(calls) -> float:
         one = tiles.choose(WEIGHT, 1, GPU)  # whatever the rows, the ones that are measured
         away = sum(
-            abs(tuning.STEPS[name].index(getattr(one, name)) - tuning.STEPS[name].index(value))
+            abs(tiles.SIZES[name].index(getattr(one, name)) - tiles.SIZES[name].index(value))
             for name, value in goal.items()
         )
         return 10.0 * 1.1**away

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph
 
 from ...errors import UnsupportedError, did_you_mean
@@ -29,13 +28,8 @@ class CPU:
         return ""
 
     def repeat(self, run: Callable, compiled: Sequence[Any], graph: Graph, weights: Sequence[int]) -> Callable:
-        """``run``, repeated without Python where it can be (``replay.py``); the arguments are those of ``Replay``.
-
-        Not among several processes, whose collectives no tape has.
-        """
-        if native.unavailable() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return run
-        return Replay(run, compiled, graph, weights)
+        """``run``, repeated without Python where it can be (``replay.py``); the arguments are those of ``Replay``."""
+        return run if native.unavailable() else Replay(run, compiled, graph, weights)
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called ``name``."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from itertools import compress
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import native
+
 KEPT = 4  # recordings of one graph: of as many caches
 MOST_COPIED = 2**20  # bytes of an input that may be anywhere
 MOST_HELD = 32 * 2**20  # bytes that a recording may hold: activations of a token, not of a prompt
 
-_OPS = ("qcompile_cpu::linear", "qcompile_cpu::linears", "qcompile_cpu::scaled_linear", "qcompile_cpu::scaled_linears")
-_RECORDED = {*_OPS, "qcompile_cpu::attend"}
+_RECORDED = {f"{native.LIBRARY}::{name}" for name in ("linear", "linears", "scaled_linear", "scaled_linears", "attend")}
 """The ops that put themselves on a tape."""
 
 _HARMLESS = {"assert_size_stride", "assert_alignment", "empty_strided_cpu", "reinterpret_tensor"}
@@ -58,11 +59,9 @@ class Replay:
         weights: Sequence[int],
     ) -> None:
         self.run, self.compiled = run, compiled
-        self._weights_of = (
-            operator.itemgetter(*weights) if len(weights) > 1 else lambda inputs: [inputs[i] for i in weights]
-        )
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.others = [i for i in range(len(inputs)) if i not in set(weights)]
+        inputs, rarely = [node for node in graph.nodes if node.op == "placeholder"], set(weights)
+        self.is_weight = [i in rarely for i in range(len(inputs))]
+        self.others = [i for i, is_weight in enumerate(self.is_weight) if not is_weight]
         written = _written(graph)
         self.written = {i for i, node in enumerate(inputs) if node in written}
         self.refusal = ""
@@ -97,7 +96,7 @@ class Replay:
     def _key(self, arguments: list[Any]) -> tuple[list[int], Any]:
         """Which inputs are copied, and all that a recording depends on: sizes, numbers, addresses of the others."""
         copied: list[int] = []
-        facts: list[Any] = [*map(Tensor.data_ptr, self._weights_of(arguments))]
+        facts: list[Any] = [*map(Tensor.data_ptr, compress(arguments, self.is_weight))]
         for i in self.others:
             value = arguments[i]
             if not isinstance(value, Tensor):
@@ -154,10 +153,11 @@ class _Recording(TorchDispatchMode):
             self.tape.end()
             for kernel in kernels:
                 kernel.module[kernel.name] = kernel.function
-        for x in self.outputs:
-            if isinstance(x, Tensor) and (self._is_given(x) or x.clone().stride() != x.stride()):
+        copies = self._copies()
+        for x, copy in zip(self.outputs, copies, strict=True):
+            if isinstance(x, Tensor) and (self._is_given(x) or copy.stride() != x.stride()):
                 self.refusal = self.refusal or "it returns what it was given, or memory that overlaps"
-        return self.outputs if self.refusal else self._copies()
+        return self.outputs if self.refusal else copies
 
     def play(self, inputs: list[Tensor]) -> list[Any]:
         """Everything again, for other values of the inputs in ``slots``."""
@@ -254,7 +254,7 @@ def _written(graph: Graph) -> set[Any]:
     """The nodes that others write to."""
     found = set()
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, torch._ops.OpOverload):
             for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     found.add(value)

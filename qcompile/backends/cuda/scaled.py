@@ -302,12 +302,6 @@ class Fp8(ScaledKernel):
         return BLOCK[0] if scheme.weight.block else round_up(out, ROWS) if scheme.weight.per_tensor else 1
 
 
-def stored_weight(codes: Tensor, kind: str, group: int, experts: int, part: str = "") -> tiles.Weight:
-    """What tiles are chosen by, of a prepared weight."""
-    out, columns = (codes.shape[-2] * 16, codes.shape[-1] // 8) if kind == "int4" else codes.shape[-2:]
-    return tiles.Weight(kind, out, columns, experts, group, part)
-
-
 def _stored(out: int, inn: int, scheme: Scheme) -> tuple[int, int, int]:
     """Rows, columns and groups of the prepared weight."""
     group = scheme.weight.group_size

@@ -9,7 +9,7 @@ is measured: the first call is as quick as the table or the rules make it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -22,13 +22,6 @@ from .tiles import Tiles, Weight
 
 Call = Callable[[], Tensor]
 Timer = Callable[[Sequence[Call]], float]
-
-STEPS: Mapping[str, tuple[int, ...]] = {
-    "bm": (16, 32, 64, 128, 256), "bn": (64, 128), "bk": (64, 128), "splits": (1, 2, 4, 8), "stages": (2, 3, 4, 5, 6),
-    "warps": (4, 8),
-}  # fmt: skip
-"""What is tried for each size, as far as ``tiles.unfit`` allows. All of that compiles without spills for sm_90; of 250
-configurations for sm_80 three spill, four to six times, which their times tell."""
 
 DEVICE = "cuda"
 BETTER = 0.97  # of the best time so far: less is noise
@@ -55,7 +48,7 @@ def is_measured(weight: Weight, rows: int) -> bool:
 def neighbours(around: Tiles, weight: Weight, rows: int, target: Target) -> Iterator[Tiles]:
     """Tiles that differ in one size by one step, or have half as many programs with twice the splits, and are fit."""
     found = []
-    for name, steps in STEPS.items():
+    for name, steps in tiles.SIZES.items():
         place = steps.index(getattr(around, name))
         for other in (place - 1, place + 1):
             if 0 <= other < len(steps):
@@ -84,11 +77,11 @@ class Measured:
 
     def entry(self) -> tables.Entry:
         """What a table keeps."""
-        sizes = {name: getattr(self.best, name) for name in STEPS}
+        sizes = {name: getattr(self.best, name) for name in tiles.SIZES}
         return tables.Entry(**sizes, us=round(self.times[self.best], 3), rule_us=round(self.times[self.rule], 3))
 
     def __str__(self) -> str:
-        shown = {name: getattr(self.best, name) for name in STEPS}
+        shown = {name: getattr(self.best, name) for name in tiles.SIZES}
         words = " ".join(f"{name} {value}" for name, value in shown.items())
         text = f"{words}: {self.times[self.best]:.1f} us, {self.times[self.rule]:.1f} by rule, {len(self.times)} tried"
         dropped = [f"; dropped {dataclasses.astuple(one)[1:]}: {why}" for one, why in self.dropped.items()]
