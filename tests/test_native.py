@@ -22,7 +22,7 @@ from qcompile.types import Scheme, Site
 KERNEL = Native()
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 ROUNDING = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 5e-7}  # activations to 15 or 30 bits, and sums
-TILED = {"amx": 11}.get(native.instruction_set(), 10**9)  # rows from which weights are rounded to bfloat16
+TILED = {"amx": 11, "avx512_bf16": 96}.get(native.instruction_set(), 10**9)  # rows from which weights are rounded to bfloat16
 SCHEMES = (
     "w4a16_g32",
     "w4a16_g64_asym",
@@ -142,7 +142,7 @@ def test_a_forced_instruction_set_must_exist(monkeypatch):
         unavailable()
     monkeypatch.setenv(native.ISA_VARIABLE, "avx512_vnni")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    for level in ("avx512_vnni", "amx"):
+    for level in ("avx512_vnni", "avx512_bf16", "amx"):
         monkeypatch.setenv(native.ISA_VARIABLE, level)
         with pytest.raises(UnsupportedError, match=f"'{level}', but this CPU does not have it; unset the variable"):
             unavailable()
@@ -157,8 +157,11 @@ def test_the_best_instruction_set_of_the_cpu_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert native.instruction_set() == "amx"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert native.instruction_set() == "avx512_bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert native.instruction_set() == "avx512_vnni"
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert native.instruction_set() == "avx512"
@@ -277,7 +280,7 @@ def test_products_with_many_rows(scheme, dtype):
 
 @built
 @each_scheme
-@pytest.mark.parametrize("rows", [9, 50, 700])
+@pytest.mark.parametrize("rows", [9, 50, 130, 700])
 def test_products_are_the_same_bits_on_any_number_of_threads_and_for_batches_as_large(scheme, rows):
     """A batch of another size is the same where it is computed in the same way."""
     packed, _ = weight_of(scheme, 300, 512, dtype=torch.bfloat16)
@@ -293,7 +296,7 @@ def test_products_are_the_same_bits_on_any_number_of_threads_and_for_batches_as_
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     fewer = TILED if rows >= TILED and scheme.activation is None else 1
-    for row in (0, rows // 2, rows - fewer):
+    for row in (0, (rows - fewer) // 2, rows - fewer):
         alone = multiply(packed, [part[row : row + fewer] for part in parts], torch.bfloat16)
         assert torch.equal(alone, results[0][row : row + fewer])
 

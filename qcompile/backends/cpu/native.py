@@ -35,7 +35,8 @@ _AVX2 = ("mavx2", "mfma", "mf16c")
 _AVX512 = (*_AVX2, "mavx512f", "mavx512dq", "mavx512vl", "mavx512bw", "DQCOMPILE_AVX512")
 _VNNI = (*_AVX512, "mavx512vnni", "DQCOMPILE_VNNI")
 LEVELS: dict[str, tuple[str, ...]] = {
-    "amx": (*_VNNI, "DQCOMPILE_AMX"),  # the tiles themselves are oneDNN's affair
+    "amx": (*_VNNI, "DQCOMPILE_AMX"),  # the tiles themselves are oneDNN's affair, as are products of bfloat16
+    "avx512_bf16": (*_VNNI, "DQCOMPILE_BF16"),
     "avx512_vnni": _VNNI,
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -85,8 +86,10 @@ def instruction_set() -> str:
         return "its C++ needs GCC or Clang, and this is Windows"
     has_avx512 = torch.cpu._is_avx512_supported()
     vnni = has_avx512 and torch.cpu._is_vnni_supported()
+    onednn = vnni and torch.backends.mkldnn.is_available()
     present = {
-        "amx": vnni and torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available(),
+        "amx": onednn and torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": onednn and torch.cpu._is_avx512_bf16_supported(),
         "avx512_vnni": vnni,
         "avx512": has_avx512,
         "avx2": torch.cpu._is_avx2_supported(),

@@ -41,7 +41,7 @@ struct FloatInputs {
 
   explicit FloatInputs(const Tensor& x) : x(matrix(x)), planes(type_of(x.scalar_type()) == Type::float32 ? 2 : 1) {}
 
-  bool tiled(const Item& item) const { return item.rows() >= kTiledFloats && x.scalar_type() == at::kBFloat16; }
+  bool tiled(const Item& item) const { return item.all >= kTiledFloats && x.scalar_type() == at::kBFloat16; }
 
 #if defined(QCOMPILE_VNNI)
   bool few(const Item& item) const { return item.rows() <= kFewRows && x.size(0) * planes <= kFewInAll; }
@@ -89,7 +89,7 @@ struct CodeInputs {
   }
 
   static bool tiled(const Weight& weight, const Item& item) {
-    return item.rows() >= (weight.four_bits ? kTiledCodes4 : kTiledCodes8);
+    return item.all >= (weight.four_bits ? kTiledCodes4 : kTiledCodes8);
   }
 
   void prepare(const Weight& weight, const std::vector<Item>& items) {

@@ -16,15 +16,14 @@ namespace qcompile {
 // slow at others: 1024 rows in pieces of 171 take 1.4 to 1.9 times as long as in pieces of 256 (Xeon with AMX, 2 cores).
 constexpr int64_t kMostRows = 256, kRowBlock = 32;
 
-// Rows of activations that meet the same expert; each row of the input is `planes` of them.
+// Rows of activations that meet the same expert, some of `all` that meet it; each row of the input is `planes` of them.
 struct Item {
-  int64_t expert, begin, end;
+  int64_t expert, begin, end, all;
   int64_t rows() const { return end - begin; }
 };
 
 // ends: where the rows of each expert end, or none for one that has all. Items are small enough to busy all threads
-// with the `panels` that each of them meets. The last one of an expert takes what is less than a block: so few rows by
-// themselves could go another way, by the number of threads.
+// with the `panels` that each of them meets. The last one of an expert takes what is less than a block.
 inline std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& weight, int64_t panels, int64_t rows,
                                   int64_t planes) {
   const int64_t wanted = ceil_div(4 * at::get_num_threads(), panels);
@@ -38,7 +37,7 @@ inline std::vector<Item> items_of(const optional<Tensor>& ends, const Weight& we
     const int64_t each = ceil_div(ceil_div(end - begin, pieces), kRowBlock) * kRowBlock;
     for (int64_t from = begin, to; from < end; from = to) {
       to = end - from < each + kRowBlock ? end : from + each;
-      items.push_back({expert, from * planes, to * planes});
+      items.push_back({expert, from * planes, to * planes, (end - begin) * planes});
     }
     begin = end;
   }

@@ -1,5 +1,5 @@
 // One panel of a weight times many rows: unpacked once, then multiplied by oneDNN's blocked products, which use tiles of
-// AMX where the CPU has them.
+// AMX, or products of bfloat16, where the CPU has them.
 #pragma once
 
 #include <limits>
@@ -8,12 +8,16 @@
 
 namespace qcompile {
 
-// From how many rows on, measured on a Xeon with AMX (2 cores, 2048 x 2048 weights): with w4a16 and w8a16 as fast at 10
-// rows, 1.4 times at 16, 2.5 times at 256; w8a8 from 6, 2.1 times at 256; w4a8 from 11. Only bfloat16 has tiles.
+// From how many rows of a weight on (not of an item: what a row's way is must not depend on the threads). Measured on a
+// Xeon with AMX (2 cores, 2048 x 2048 weights): with w4a16 and w8a16 as fast at 10 rows, 1.4 times at 16, 2.5 times at
+// 256; w8a8 from 6, 2.1 times at 256; w4a8 from 11. Only bfloat16 has tiles. On Zen 4, which has products of bfloat16 but
+// no AMX: 0.94 times at 64 rows, 1.05 to 1.09 times at 256; integers are never faster.
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 #if defined(QCOMPILE_AMX)
 constexpr int64_t kTiledFloats = 11, kTiledCodes8 = 7, kTiledCodes4 = 12;
+#elif defined(QCOMPILE_BF16)
+constexpr int64_t kTiledFloats = 96, kTiledCodes8 = kNever, kTiledCodes4 = kNever;
 #else
-constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 constexpr int64_t kTiledFloats = kNever, kTiledCodes8 = kNever, kTiledCodes4 = kNever;
 #endif
 constexpr int64_t kSlab = 2048;  // most features that are unpacked together: 256 KB of bfloat16, which a cache holds
