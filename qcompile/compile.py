@@ -227,7 +227,8 @@ class _Inner:
                 made.append(compile_fx_inner(piece.module, inputs, **{**kwargs, "static_input_idxs": positions}))
             return made[-1]
 
-        function, distinct = compile_pieces(pieces, module, compile_one)
+        with getattr(self.device, "while_compiling", nullcontext)():
+            function, distinct = compile_pieces(pieces, module, compile_one)
         return self._repeated(function, made, module, weights), len(pieces), distinct
 
     def _repeated(self, function: Any, compiled: list[Any], module: GraphModule, weights: list[int]) -> Any:

@@ -11,6 +11,7 @@ from ...errors import UnsupportedError, did_you_mean
 from ...kernels import Kernel
 from . import native
 from .attention import Attend
+from .inductor import kernels_side_by_side
 from .kernels import Int4Pack, Int8Pack, IntMM
 from .native_kernel import Native
 from .replay import Replay
@@ -22,6 +23,7 @@ class CPU:
     name = "cpu"
     kernels: Sequence[Kernel] = (Native(), Int4Pack(), Int8Pack(), IntMM(), Kernel())
     operations: Mapping[str, Any] = {"attend": Attend()}
+    while_compiling = staticmethod(kernels_side_by_side)
 
     def missing(self) -> str:
         """A CPU is always there."""
