@@ -75,10 +75,11 @@ def _openvino(bits: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
         shape = [out, groups, inn // groups]
         if bits == 4:
             signed = codes ^ 8  # two's complement of q - 8
-            packed = (signed[:, ::2] | signed[:, 1::2] << 4).contiguous().numpy()
-            constant = ops.constant(openvino.Tensor(packed, shape, openvino.Type.i4))
+            stored = (signed[:, ::2] | signed[:, 1::2] << 4).contiguous().numpy()
+            constant = ops.constant(openvino.Tensor(stored, shape, openvino.Type.i4))
         else:
-            constant = ops.constant(codes.view(*shape).numpy())
+            stored = codes.view(*shape).numpy()
+            constant = ops.constant(stored)
         half = ops.convert(constant, "f16")
         scaled = ops.multiply(half, ops.constant(scales.half().unsqueeze(-1).numpy()))
         flat = ops.reshape(scaled, ops.constant(numpy.array([out, inn])), special_zero=False)
@@ -95,9 +96,10 @@ def _openvino(bits: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
         def give(x: Tensor) -> None:
             request.set_input_tensor(openvino.Tensor(x.float().numpy(), shared_memory=False))
 
-        given = _Once(give)
+        given, held = _Once(give), [stored]  # the constant is a view of that memory
 
         def run(x: Tensor) -> Tensor:
+            assert held
             given(x)
             request.infer()
             return torch.from_numpy(request.get_output_tensor().data)

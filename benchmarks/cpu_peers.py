@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from cpu_common import cpu_name
@@ -35,7 +36,8 @@ from qcompile import numerics
 from qcompile.backends.cpu import BACKEND, native
 from qcompile.types import Scheme
 
-COLD = 64 << 20  # bytes of copies of a bfloat16 weight that are read in turn; no cache of one core's own holds them
+LEAST_COLD, MOST_COLD = 64 << 20, 128 << 20  # bytes of the copies of a weight that are read in turn
+L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 OUTLIER = 0.2  # relative error of a peer's product above which it computes something else
 
 
@@ -63,6 +65,12 @@ def bandwidth() -> float:
         buffer.sum()
         seconds.append(time.perf_counter() - started)
     return buffer.nbytes / min(seconds)
+
+
+def cold_copies(nbytes: int) -> int:
+    """How many copies of a weight are twice what the last cache holds, as far as MOST_COLD reaches."""
+    cache = int(L3.read_text().strip().removesuffix("K")) << 10 if L3.exists() else 0
+    return max(2, -(-min(max(2 * cache, LEAST_COLD), MOST_COLD) // nbytes))
 
 
 def ours(scheme: Scheme, packed, copies: int) -> Callable[[Tensor], Tensor]:
@@ -94,15 +102,15 @@ class Case:
         self.bytes: dict[str, int] = {}
         torch.manual_seed(0)
         weight = (torch.randn(self.out, self.inn) * 0.02).bfloat16()
-        copies = max(2, -(-COLD // weight.nbytes))
-        plain = in_turn(lambda: functools.partial(F.linear, weight=weight.clone()), copies)
+        plain = in_turn(lambda: functools.partial(F.linear, weight=weight.clone()), cold_copies(weight.nbytes))
         self.variants: dict[str, Callable[[Tensor], Tensor]] = {"bfloat16": plain}
         self.bytes["bfloat16"] = weight.nbytes
         for name in chosen.schemes:
             scheme = Scheme.parse(name)
             packed = numerics.quantize_weight(weight, scheme)
-            self.variants[name] = ours(scheme, packed, copies)
             self.bytes[name] = sum(t.nbytes for t in BACKEND.kernel("native").prepare(packed))
+            copies = cold_copies(self.bytes[name])
+            self.variants[name] = ours(scheme, packed, copies)
             for peer, make in {} if chosen.no_peers else PEERS.get(name, {}).items():
                 self._add(f"{name} {peer}", make, packed, scheme, copies)
 
