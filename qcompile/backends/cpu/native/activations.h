@@ -95,20 +95,13 @@ template <class Mode>
 struct Activations {
   using Code = typename Mode::Code;
   int64_t rows, features, block, planes;
-  Tensor memory[3];
-  Code* codes;
-  float* scales;     // [block][row]
-  int32_t* offsets;  // [row]; not for Wide
+  Buffer<Code> codes;
+  Buffer<float> scales;     // [block][row]
+  Buffer<int32_t> offsets;  // [row]; not for Wide
 
   Activations(int64_t rows, int64_t features, int64_t block, int64_t planes)
-      : rows(rows), features(features), block(std::min(block, features)), planes(planes) {
-    memory[0] = at::empty({rows * features * static_cast<int64_t>(sizeof(Code))}, at::kChar);
-    memory[1] = at::empty({blocks() * rows}, at::kFloat);
-    memory[2] = at::empty({is_wide<Mode> ? 0 : rows}, at::kInt);
-    codes = static_cast<Code*>(memory[0].data_ptr());
-    scales = memory[1].data_ptr<float>();
-    offsets = memory[2].data_ptr<int32_t>();
-  }
+      : rows(rows), features(features), block(std::min(block, features)), planes(planes), codes(rows * features),
+        scales(blocks() * rows), offsets(is_wide<Mode> ? 0 : rows) {}
 
   int64_t blocks() const { return ceil_div(features, block); }
   int64_t length(int64_t index) const { return std::min(block, features - index * block); }
@@ -131,7 +124,7 @@ inline Activations<Wide> quantized(const Tensor& x, const Weight& weight) {
   const Type type = type_of(x.scalar_type());
   int64_t block = weight.group;
   if (block > kFloatBlock) block = block % 128 ? kStep : 128;
-  const Activations<Wide> result(
+  Activations<Wide> result(
       x.size(0) * (type == Type::float32 ? 2 : 1), weight.features, block, type == Type::float32 ? 2 : 1);
   const int64_t given = x.size(1);
   const auto* from = static_cast<const char*>(x.data_ptr());
@@ -150,7 +143,7 @@ T of_row(const Tensor& values, int64_t row) { return values.data_ptr<T>()[values
 // Activations x int8 [rows, in] with scales float [rows] or [1] and zero points int32 [rows] or [1]. Blocks are groups.
 template <class Mode>
 Activations<Mode> placed(const Tensor& x, const Tensor& scales, const optional<Tensor>& zeros, const Weight& weight) {
-  const Activations<Mode> result(x.size(0), weight.features, weight.group, 1);
+  Activations<Mode> result(x.size(0), weight.features, weight.group, 1);
   const int64_t given = x.size(1);
   const auto* from = x.data_ptr<int8_t>();
   for_each_block(result, [&](int64_t row, int64_t index, int64_t feature) {

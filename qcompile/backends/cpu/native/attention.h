@@ -156,20 +156,20 @@ inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v) {
               kHeadWidth, " wide, not ", q.size(3), " and ", width);
 }
 
-// q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width]; mask, which
-// is added to the scaled scores, broadcasts to [batch, heads, 1, positions] -> [batch, heads, 1, value width]. A query
-// that may see no position gets zeros.
+// q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width], mask [batch,
+// heads, 1, positions], which is added to the scaled scores -> [batch, heads, 1, value width]. A query that may see no
+// position gets zeros.
 inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, const Tensor& v,
                         const optional<Tensor>& mask, double scale) {
   const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), positions = k.size(2), width = v.size(3);
   const auto side_by_side = [](const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const Tensor k_rows = side_by_side(k), v_rows = side_by_side(v);
   const Tensor q_rows = side_by_side(q);
-  const Tensor mask_rows = mask ? side_by_side(mask->expand({batch, heads, 1, positions})) : Tensor();
+  const Tensor mask_rows = mask ? side_by_side(*mask) : Tensor();
   const Heads queries(q_rows), keys(k_rows), values(v_rows);
   const auto added = mask ? optional<Heads>(mask_rows) : std::nullopt;
   const int64_t group = heads / shared, chunks = std::max<int64_t>(1, ceil_div(positions, kChunk));
-  const Tensor parts = at::empty({batch * heads, chunks, width}, at::kFloat);
+  const Buffer<float> parts(batch * heads * chunks * width);
   std::vector<Softmax> softmax(batch * heads * chunks);
   at::parallel_for(0, batch * shared * chunks, 1, [&](int64_t from, int64_t to) {
     alignas(64) float line[4 * kChunk];
@@ -201,7 +201,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
         run(query.data(), keys.at(b, h, begin), values.at(b, h, begin), seen_from, seen_to, line, made.data(), found);
         for (int64_t i = 0; i < some; ++i) {
           const int64_t place = (b * heads + first + i) * chunks + chunk;
-          std::copy_n(made.data() + i * width, width, parts.data_ptr<float>() + place * width);
+          std::copy_n(made.data() + i * width, width, parts + place * width);
           softmax[place] = found[i];
         }
       }
@@ -210,7 +210,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chunks * width));
   at::parallel_for(0, batch * heads, grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i)
-      join(parts.data_ptr<float>() + i * chunks * width, &softmax[i * chunks], chunks, width,
+      join(parts + i * chunks * width, &softmax[i * chunks], chunks, width,
            static_cast<char*>(result.data_ptr()) + i * width * result.element_size(), type_of(q.scalar_type()));
   });
 }

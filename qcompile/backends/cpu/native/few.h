@@ -17,19 +17,13 @@ constexpr int64_t kFewInAll = 256;  // rows of all items; splitting more costs w
 // Bytes of activations: [block][row][l, h][feature of the block], with a scale and a sum for each block and row.
 struct SplitActivations {
   int64_t rows, features, block, planes;
-  Tensor memory[3];
-  int8_t* bytes;
-  float* scales;  // [block][row]
-  int32_t* sums;  // [block][row]
+  Buffer<int8_t> bytes;
+  const float* scales;   // [block][row], of the activations that are split
+  Buffer<int32_t> sums;  // [block][row]
 
   explicit SplitActivations(const Activations<Wide>& x)
-      : rows(x.rows), features(x.features), block(x.block), planes(x.planes) {
-    memory[0] = at::empty({2 * rows * features}, at::kChar);
-    memory[1] = x.memory[1];
-    memory[2] = at::empty({x.blocks() * rows}, at::kInt);
-    bytes = memory[0].data_ptr<int8_t>();
-    scales = x.scales;
-    sums = memory[2].data_ptr<int32_t>();
+      : rows(x.rows), features(x.features), block(x.block), planes(x.planes), bytes(2 * rows * features),
+        scales(x.scales), sums(x.blocks() * rows) {
     for_each_block(x, [&](int64_t row, int64_t index, int64_t) {
       for (int64_t plane = row * planes; plane < (row + 1) * planes; ++plane)
         split(x.row_codes(index, plane), x.length(index), index, plane);

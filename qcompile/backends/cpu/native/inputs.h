@@ -7,7 +7,9 @@ namespace qcompile {
 
 constexpr int64_t kAlias = 4096;  // bytes from one address to the next that the same places of a first-level cache hold
 
-inline Tensor matrix(const Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
+inline Tensor matrix(const Tensor& x) {
+  return x.dim() == 2 && x.is_contiguous() ? x : x.reshape({-1, x.size(-1)}).contiguous();
+}
 
 // x [rows, in] with zeros, or with the zero point of each row, up to `features` columns: without any, x itself.
 //

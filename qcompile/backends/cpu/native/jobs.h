@@ -78,21 +78,6 @@ struct Job {
   int64_t tasks() const { return static_cast<int64_t>(items.size()) * weight.panels; }
 };
 
-// Memory that begins at a cache line, as at::empty gives it.
-template <class T>
-class Buffer {
- public:
-  // Room for `size` elements, whose contents are not kept
-  T* room(int64_t size) {
-    if (size > size_) memory_ = at::empty({(size_ = size) * static_cast<int64_t>(sizeof(T))}, at::kByte);
-    return static_cast<T*>(memory_.data_ptr());
-  }
-
- private:
-  int64_t size_ = -1;
-  Tensor memory_;
-};
-
 // What a thread needs for a panel: sums of its rows, and room for unpacked weights.
 struct Scratch {
   Buffer<float> sums;

@@ -69,7 +69,7 @@ std::vector<Tensor> float_products(const Tensor& x, const std::vector<Weight>& w
                                    const std::vector<optional<Tensor>>& biases, const optional<Tensor>& ends,
                                    at::IntArrayRef out_features, at::ScalarType dtype) {
   const auto make = [](const Tensor& x) { return FloatInputs(x); };
-  return multiplied(make, x.sizes(), weights, biases, out_features, dtype, ends, x);
+  return multiplied(make, x.sizes(), weights, biases, out_features, dtype, ends, x.is_contiguous() ? matrix(x) : x);
 }
 
 std::vector<Tensor> code_products(const Tensor& x, const Tensor& x_scales, const optional<Tensor>& x_zeros,
@@ -131,7 +131,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<
   const auto compute = [=](const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask) {
     attend_into(result, q, k, v, mask, scale);
   };
-  compute_and_record(compute, q, k, v, mask);
+  compute_and_record(compute, q, k, v, mask ? optional<Tensor>(mask->expand({q.size(0), q.size(1), 1, k.size(2)})) : mask);
   return result;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
 
 #include "product.h"
 
@@ -20,6 +21,25 @@ inline Type type_of(at::ScalarType dtype) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that begins at a cache line. A tensor of it would take longer to make than some of what is done with it.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) { room(size); }
+
+  // Room for `size` elements, whose contents are not kept
+  T* room(int64_t size) {
+    if (size > size_) memory_ = c10::GetCPUAllocator()->allocate((size_ = size) * sizeof(T));
+    return *this;
+  }
+  operator T*() const { return static_cast<T*>(memory_.get()); }
+
+ private:
+  int64_t size_ = 0;
+  c10::DataPtr memory_;
+};
 
 // The tensors of product.h, one expert after the other; a plain linear has one.
 struct Weight {
