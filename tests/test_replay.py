@@ -230,6 +230,23 @@ def test_threads_do_not_share_recorded_memory(graphs):
         assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("most_serial", [replay.MOST_SERIAL, 0], ids=["one region", "a region for each op"])
+def test_any_number_of_threads_repeats_the_same_bits(graphs, monkeypatch, most_serial):
+    """More than there are cores as well, and other numbers than the recorded one."""
+    monkeypatch.setattr(replay, "MOST_SERIAL", most_serial)
+    compiled, before = torch.compile(quantized(), backend="qcompile"), torch.get_num_threads()
+    ids, cache, results = tokens(12), static_cache(compiled), []
+    try:
+        for threads in (2, 1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(decode(compiled, cache, ids))
+    finally:
+        torch.set_num_threads(before)
+    assert recorded(graphs), [graph.refusal for graph in graphs]
+    for result in results:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
 def test_an_error_in_a_graph_leaves_nothing_behind(graphs):
     model = quantize_linears(TinyMLP().eval(), "w8a16")
     compiled, x = torch.compile(model, backend="qcompile"), torch.randn(1, 64)

@@ -10,7 +10,7 @@ from unittest import mock
 
 @contextmanager
 def kernels_side_by_side() -> Iterator[None]:
-    """Within, no piece waits for the C++ compiler: the next one is lowered meanwhile, and all are waited for in the end.
+    """Within, no piece waits for the C++ compiler: the next one is lowered meanwhile, and all are waited for last.
 
     Nothing that is compiled within may be called within. Inductor starts its compilers when it loads the wrapper of a
     graph, which then waits for them; Dynamo's lock keeps other threads from compiling at the same time.

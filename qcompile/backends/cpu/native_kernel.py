@@ -3,8 +3,8 @@
 Float activations become integers of 15 bits and a sign, with one scale for each row and group of at most 256 columns
 (float32: twice as many bits), so that products are sums of integers, and exact in the weights: the zero point is
 subtracted as an integer. The result is as close to the float product as one rounding to bfloat16 or float16 is; in
-float32 the relative error is some 1e-7. On a CPU with AMX or AVX512-BF16, many rows in bfloat16 are multiplied by weights
-that are rounded to bfloat16, as a dequantized model has them (``native/tiled.h``).
+float32 the relative error is some 1e-7. On a CPU with AMX or AVX512-BF16, many rows in bfloat16 are multiplied by
+weights that are rounded to bfloat16, as a dequantized model has them (``native/tiled.h``).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from . import native
 
 KEPT = 4  # recordings of one graph: of as many caches
 MOST_COPIED = 2**20  # bytes of an input that may be anywhere
+MOST_SERIAL = 2**16  # bytes that a kernel of Inductor's reads or writes on one thread; what it gets for more is its own
 MOST_HELD = 32 * 2**20  # bytes that a recording may hold: activations of a token, not of a prompt
 
 _RECORDED = {f"{native.LIBRARY}::{name}" for name in ("linear", "linears", "scaled_linear", "scaled_linears", "attend")}
@@ -188,7 +189,9 @@ class _Recording(TorchDispatchMode):
             elif type(x) is not int:
                 self.refusal = f"{kernel.name} takes a {type(x).__name__}"
                 return
-        self.tape.kernel(kernel.address, [x.data_ptr() if isinstance(x, Tensor) else x for x in args])
+        made = [x.untyped_storage() for x in args if isinstance(x, Tensor) and not self._is_given(x)]
+        apart = any(memory.nbytes() > MOST_SERIAL for memory in made)
+        self.tape.kernel(kernel.address, [x.data_ptr() if isinstance(x, Tensor) else x for x in args], apart)
 
     def _product(self, out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
         for tensor in (out, a, b) if bias is None else (out, bias, a, b):

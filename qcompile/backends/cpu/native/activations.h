@@ -1,11 +1,10 @@
 // Activations as integers: [block][row][feature of the block], with a scale for each block and row.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <limits>
 
+#include "team.h"
 #include "weight.h"
 
 namespace qcompile {
@@ -113,7 +112,7 @@ struct Activations {
 template <class Mode, class Function>
 void for_each_block(const Activations<Mode>& x, Function f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / x.features);
-  at::parallel_for(0, x.rows / x.planes, grain, [&](int64_t begin, int64_t end) {
+  parallel(x.rows / x.planes, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t index = 0; index < x.blocks(); ++index) f(row, index, index * x.block);
   });

@@ -5,12 +5,11 @@
 // whose softmaxes are joined afterwards: a result does not depend on the number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "team.h"
 #include "weight.h"
 
 namespace qcompile {
@@ -171,7 +170,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
   const int64_t group = heads / shared, chunks = std::max<int64_t>(1, ceil_div(positions, kChunk));
   const Buffer<float> parts(batch * heads * chunks * width);
   std::vector<Softmax> softmax(batch * heads * chunks);
-  at::parallel_for(0, batch * shared * chunks, 1, [&](int64_t from, int64_t to) {
+  parallel(batch * shared * chunks, 1, [&](int64_t from, int64_t to) {
     alignas(64) float line[4 * kChunk];
     Softmax found[4];
     std::vector<float> query(4 * keys.width), made(4 * width);
@@ -208,7 +207,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
     }
   });
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chunks * width));
-  at::parallel_for(0, batch * heads, grain, [&](int64_t from, int64_t to) {
+  parallel(batch * heads, grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i)
       join(parts + i * chunks * width, &softmax[i * chunks], chunks, width,
            static_cast<char*>(result.data_ptr()) + i * width * result.element_size(), type_of(q.scalar_type()));

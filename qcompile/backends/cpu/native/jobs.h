@@ -1,13 +1,13 @@
 // What the threads of a product do: panels of weights times rows of activations, and the way to the output.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "team.h"
 #include "weight.h"
 
 namespace qcompile {
@@ -99,7 +99,7 @@ void run(const std::vector<Job>& jobs, Multiply multiply) {
   for (const Job& job : jobs) ends.push_back(job.tasks() + (ends.empty() ? 0 : ends.back()));
   const int64_t tasks = ends.back(), threads = at::get_num_threads();
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+  parallel(std::min(tasks, threads), 1, [&](int64_t, int64_t) {
     Scratch scratch;
     for (int64_t begin = 0; begin < tasks;) {
       const int64_t share = std::max<int64_t>(1, (tasks - begin) / (2 * threads));

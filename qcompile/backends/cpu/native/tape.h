@@ -7,10 +7,13 @@
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <utility>
 #include <vector>
+
+#include "team.h"
 
 namespace qcompile {
 
@@ -44,14 +47,15 @@ class Tape : public torch::CustomClassHolder {
 
   void end() { recording() = nullptr; }
 
-  void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
+  // call: what to repeat; apart: whether it has threads of its own.
+  void add(std::function<void()> call, bool apart = false) { calls_.push_back({std::move(call), apart}); }
 
   // The function at `address`, called with `words`: pointers and integers.
-  void kernel(int64_t address, std::vector<int64_t> words) {
+  void kernel(int64_t address, std::vector<int64_t> words, bool apart) {
     static constexpr auto kCallers = callers(std::make_index_sequence<kMostWords + 1>{});
     TORCH_CHECK(words.size() <= kMostWords, "qcompile_cpu: a kernel with ", words.size(), " arguments");
     const Caller call = kCallers[words.size()];
-    add([address, call, words = std::move(words)] { call(address, words.data()); });
+    add([address, call, words = std::move(words)] { call(address, words.data()); }, apart);
   }
 
   // out = a @ b, plus a bias that broadcasts.
@@ -60,11 +64,20 @@ class Tape : public torch::CustomClassHolder {
   // Everything again, in order, after `inputs` were copied to `slots`, the tensors that the recorded run read instead.
   void run(const std::vector<at::Tensor>& slots, const std::vector<at::Tensor>& inputs) {
     for (size_t i = 0; i < slots.size(); ++i) slots[i].copy_(inputs[i]);
-    for (const auto& call : calls_) call();
+    const auto is_apart = [](const Call& call) { return call.apart; };
+    for (auto call = calls_.begin(), end = call; call != calls_.end(); call = end) {
+      end = call->apart ? call + 1 : std::find_if(call, calls_.end(), is_apart);
+      if (call->apart) call->run();
+      else Team::lead([&] { std::for_each(call, end, [](const Call& one) { one.run(); }); });
+    }
   }
 
  private:
-  std::vector<std::function<void()>> calls_;
+  struct Call {
+    std::function<void()> run;
+    bool apart;
+  };
+  std::vector<Call> calls_;
 };
 
 // The memory of a tensor without a share in it: a tape keeps no cache alive that its owner has dropped.
@@ -79,7 +92,7 @@ inline void Tape::product(const at::Tensor& out, const std::optional<at::Tensor>
   add([out = borrowed(out), bias = borrowed(bias), a = borrowed(a), b = borrowed(b)]() mutable {
     if (bias) at::addmm_out(out, *bias, a, b);
     else at::mm_out(out, a, b);
-  });
+  }, true);
 }
 
 // compute(tensors...) now, and again whenever the tape that is being recorded is run. `compute` owns its results.
