@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_moe.py                                  # 128 experts, 8 per token, 2048 x 768
     python benchmarks/cpu_moe.py --schemes w4a16_g128 w8a8 --tokens 1 --json
+    python benchmarks/cpu_moe.py --ggml --json                    # beside ggml's, of llama-cpp-python
 
 Every variant runs in one process, with random weights. Rounds are interleaved (A B C, A B C ...), so that whatever else
 the machine does hits all of them; medians and ratios are reported. Each call gets other tokens, so that other experts
@@ -14,18 +15,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from cpu_common import cpu_name
 from rich.console import Console
 from rich.table import Table
 
 import qcompile
 
 INPUTS = 16  # different batches of tokens
+GGML = "ggml Q4_0"
 
 
 def build(arguments: argparse.Namespace) -> torch.nn.Module:
@@ -69,6 +71,11 @@ def variants(arguments: argparse.Namespace) -> dict[str, Callable[[torch.Tensor]
     for scheme in arguments.schemes:
         quantized = qcompile.quantize(copy.deepcopy(block), scheme, example_inputs=example)
         made[scheme] = torch.compile(quantized, backend="qcompile", dynamic=True)
+    if arguments.ggml:
+        from cpu_ggml import Experts
+
+        sizes = (arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
+        made[GGML] = Experts(*sizes, arguments.threads)
     return made
 
 
@@ -102,6 +109,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--ggml", action="store_true", help="also ggml's experts in Q4_0 (cpu_ggml.py)")
     parser.add_argument("--json", action="store_true", help="print one JSON line at the end")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -125,6 +133,8 @@ def report(arguments: argparse.Namespace, medians: dict[int, dict[str, float]]) 
             )
             if name in arguments.schemes:
                 ratios[f"{name}_{tokens}"] = against[2]
+                if GGML in seconds:
+                    ratios[f"{name}_{tokens}_ggml"] = seconds[GGML] / value
         table.add_section()
     Console().print(table)
     if arguments.json:
@@ -132,7 +142,7 @@ def report(arguments: argparse.Namespace, medians: dict[int, dict[str, float]]) 
             "shape": shape,
             "threads": arguments.threads,
             "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
+            "machine": cpu_name(),
             "milliseconds": {t: {n: s * 1e3 for n, s in seconds.items()} for t, seconds in medians.items()},
             "ratios": ratios,
         }
