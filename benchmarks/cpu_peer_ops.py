@@ -63,8 +63,11 @@ def _matmul_nbits(level: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
     return make
 
 
-def _openvino(bits: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
-    """OpenVINO's matrix product of a compressed constant, as NNCF writes one."""
+def _openvino(bits: int, quantizes: bool = False) -> Callable[[Tensor, Tensor, Tensor], Product]:
+    """OpenVINO's matrix product of a compressed constant, as NNCF writes one.
+
+    quantizes: activations become int8 in groups of 32, as its default is where the CPU has no AMX.
+    """
 
     def make(codes: Tensor, scales: Tensor, weight: Tensor) -> Product:
         import numpy
@@ -89,6 +92,7 @@ def _openvino(bits: int) -> Callable[[Tensor, Tensor, Tensor], Product]:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "bf16",
             "PERFORMANCE_HINT": "LATENCY",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32 if quantizes else 0,
             "ENABLE_CPU_PINNING": False,  # or all that comes after it in this process shares one core
         }
         request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
@@ -140,8 +144,9 @@ PEERS: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Product]]] = {
         "onnxruntime": _matmul_nbits(0),
         "onnxruntime int8": _matmul_nbits(4),
         "openvino": _openvino(4),
+        "openvino int8": _openvino(4, quantizes=True),
         "torchao": _torchao("w4a16"),
     },
-    "w8a16": {"openvino": _openvino(8), "torchao": _torchao("w8a16")},
+    "w8a16": {"openvino": _openvino(8), "openvino int8": _openvino(8, quantizes=True), "torchao": _torchao("w8a16")},
     "w8a8": {"torchao": _torchao("w8a8")},
 }
