@@ -37,6 +37,7 @@ from qcompile.backends.cpu import BACKEND, native
 from qcompile.types import Scheme
 
 LEAST_COLD, MOST_COLD = 64 << 20, 128 << 20  # bytes of the copies of a weight that are read in turn
+MOST_COPIES = 16  # each is a session with threads of its own for some peers, which more of them slow down
 L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 OUTLIER = 0.2  # relative error of a peer's product above which it computes something else
 
@@ -68,9 +69,9 @@ def bandwidth() -> float:
 
 
 def cold_copies(nbytes: int) -> int:
-    """How many copies of a weight are twice what the last cache holds, as far as MOST_COLD reaches."""
+    """How many copies of a weight are twice what the last cache holds, as far as the limits above allow."""
     cache = int(L3.read_text().strip().removesuffix("K")) << 10 if L3.exists() else 0
-    return max(2, -(-min(max(2 * cache, LEAST_COLD), MOST_COLD) // nbytes))
+    return max(2, min(MOST_COPIES, -(-min(max(2 * cache, LEAST_COLD), MOST_COLD) // nbytes)))
 
 
 def ours(scheme: Scheme, packed, copies: int) -> Callable[[Tensor], Tensor]:

@@ -114,6 +114,22 @@ def test_equal_blocks_are_compiled_once(layers):
     assert (graph.regions, graph.compiled_regions) == ((3, 3) if layers == 1 else (6, 3))
 
 
+def test_no_piece_waits_for_the_compiler_before_the_last_is_lowered(monkeypatch):
+    from torch._inductor import compile_fx
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import fresh_cache
+
+    events, lower, wait = [], compile_fx.compile_fx_inner, AsyncCompile._wait_futures
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *a, **k: events.append("lower") or lower(*a, **k))
+    monkeypatch.setattr(AsyncCompile, "_wait_futures", lambda *args: events.append("wait") or wait(*args))
+    model = quantized()
+    compiled = torch.compile(model, backend="qcompile")
+    with fresh_cache():
+        assert close(logits(compiled), logits(model))
+    assert events == ["lower"] * 3 + ["wait"] * 3
+
+
 def test_blocks_that_differ_are_compiled_apart():
     model = tiny_model(num_hidden_layers=3, dtype=torch.float32)
     qcompile.quantize(model, {"scheme": "w4a16_g32", "rules": [{"match": "model.layers.1.*", "scheme": "w8a16"}]})
