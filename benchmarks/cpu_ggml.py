@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
+import numpy
 import torch
+from cpu_llama import random_blocks
 from torch import Tensor
 
 F32, Q4_0, I32 = 0, 2, 26  # types in ggml.h
-BLOCK, BLOCK_BYTES = 32, 18  # of Q4_0: a float16 scale and 16 bytes
 POINTERS = (
     "ggml_init", "ggml_new_tensor_3d", "ggml_new_tensor_2d", "ggml_mul_mat_id", "ggml_swiglu_split", "ggml_new_graph",
     "ggml_backend_alloc_ctx_tensors_from_buft", "ggml_gallocr_new", "ggml_backend_reg_get_proc_address",
@@ -48,9 +49,7 @@ class Experts:
         if not self.base.ggml_backend_alloc_ctx_tensors_from_buft(context, self._buffer_type()):
             raise MemoryError("ggml has no memory for the experts")
         for tensor, (inn, out) in zip(self.weights, shapes, strict=True):
-            blocks = torch.randint(0, 256, (experts * out * inn // BLOCK, BLOCK_BYTES), dtype=torch.uint8)
-            blocks[:, :2] = torch.tensor([0.005], dtype=torch.float16).view(torch.uint8)
-            self._set(tensor, blocks)
+            self._set(tensor, torch.from_numpy(random_blocks(numpy.random.default_rng(0), experts * out, inn)))
         self.graphs: dict[int, tuple[c_void_p, c_void_p, c_void_p, itertools.cycle]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,14 +73,14 @@ class Experts:
             graph = c_void_p(self.base.ggml_new_graph(context))
             result = self._made("ggml_mul_mat_id", context, self.weights[2], inner, ids)
             self.base.ggml_build_forward_expand(graph, result)
-            allocator = c_void_p(self.base.ggml_gallocr_new(c_void_p(self.cpu_buffer_type())))
+            allocator = c_void_p(self.base.ggml_gallocr_new(c_void_p(self._plain_buffer_type())))
             if not self.base.ggml_gallocr_alloc_graph(allocator, graph):
                 raise MemoryError("ggml has no memory for the graph")
             orders = [torch.rand(tokens, experts).argsort(1)[:, :chosen].int().contiguous() for _ in range(16)]
             self.graphs[tokens] = graph, x, ids, itertools.cycle(orders)
         return self.graphs[tokens]
 
-    def cpu_buffer_type(self) -> int:
+    def _plain_buffer_type(self) -> int:
         """Plain memory."""
         return self._function("ggml_backend_cpu_buffer_type")()
 
@@ -98,7 +97,7 @@ class Experts:
                     break
                 if b"REPACK" in self.base.ggml_backend_buft_name(c_void_p(found[i])):
                     return c_void_p(found[i])
-        return c_void_p(self.cpu_buffer_type())
+        return c_void_p(self._plain_buffer_type())
 
     def _function(self, name: str) -> ctypes._CFuncPtr:
         return getattr(self.base, name, None) or getattr(self.cpu, name)

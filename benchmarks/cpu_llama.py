@@ -27,6 +27,13 @@ import torch
 BLOCK = 32  # weights of a block of Q4_0: a float16 scale and 16 bytes
 
 
+def random_blocks(random: numpy.random.Generator, rows: int, columns: int) -> numpy.ndarray:
+    """A matrix in Q4_0: uint8 [rows, bytes]"""
+    blocks = random.integers(0, 256, (rows, columns // BLOCK, 18), dtype=numpy.uint8)
+    blocks[..., :2] = numpy.full(1, 0.005, numpy.float16).view(numpy.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def write(path: Path, sizes: dict[str, int], vocabulary: int) -> None:
     """A GGUF file of a Qwen3 with tied embeddings, all matrices in Q4_0."""
     import gguf
@@ -48,9 +55,7 @@ def write(path: Path, sizes: dict[str, int], vocabulary: int) -> None:
     random = numpy.random.default_rng(0)
 
     def matrix(name: str, out: int, inn: int) -> None:
-        blocks = random.integers(0, 256, (out, inn // BLOCK, 18), dtype=numpy.uint8)
-        blocks[..., :2] = numpy.full(1, 0.005, numpy.float16).view(numpy.uint8)
-        raw = blocks.reshape(out, -1)
+        raw = random_blocks(random, out, inn)
         writer.add_tensor(f"{name}.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
 
     def norm(name: str, size: int) -> None:
