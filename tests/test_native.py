@@ -22,9 +22,8 @@ from qcompile.types import Scheme, Site
 KERNEL = Native()
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 ROUNDING = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 5e-7}  # activations to 15 or 30 bits, and sums
-TILED = {"amx": 11, "avx512_bf16": 96}.get(
-    native.instruction_set(), 10**9
-)  # rows from which weights are rounded to bfloat16
+# rows from which weights are rounded to bfloat16
+TILED = {"amx": 11, "avx512_bf16": 96}.get(native.instruction_set(), 10**9)
 SCHEMES = (
     "w4a16_g32",
     "w4a16_g64_asym",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 
 @contextmanager
@@ -18,7 +17,10 @@ def kernels_side_by_side() -> Iterator[None]:
     from torch._inductor.async_compile import AsyncCompile
 
     wait, waiting = AsyncCompile._wait_futures, list[tuple[AsyncCompile, dict[str, Any]]]()
-    with mock.patch.object(AsyncCompile, "_wait_futures", lambda self, scope: waiting.append((self, scope))):
+    AsyncCompile._wait_futures = lambda self, scope: waiting.append((self, scope))  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        AsyncCompile._wait_futures = wait  # type: ignore[method-assign]
     for compiler, scope in waiting:
         wait(compiler, scope)

@@ -29,7 +29,7 @@ from . import native
 
 KEPT = 4  # recordings of one graph: of as many caches
 MOST_COPIED = 2**20  # bytes of an input that may be anywhere
-MOST_SERIAL = 2**16  # bytes that a kernel of Inductor's reads or writes on one thread; what it gets for more is its own
+MOST_SERIAL = 2**16  # bytes of activations up to which a kernel of Inductor's has one thread; else threads of its own
 MOST_HELD = 32 * 2**20  # bytes that a recording may hold: activations of a token, not of a prompt
 
 _RECORDED = {f"{native.LIBRARY}::{name}" for name in ("linear", "linears", "scaled_linear", "scaled_linears", "attend")}

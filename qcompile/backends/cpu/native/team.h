@@ -13,7 +13,8 @@
 #include <exception>
 #include <functional>
 #include <thread>
-#include <utility>
+
+#include "weight.h"
 
 namespace qcompile {
 
@@ -33,7 +34,7 @@ class Team {
     Team team;
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       if (begin > 0) return team.follow(++team.followers_);
-      team.members = (threads + end - 1) / end;  // OpenMP may give fewer threads, with a longer range for each
+      team.members = ceil_div(threads, end);  // OpenMP may give fewer threads, with a longer range for each
       const Leading leading(team);
       body();
     });
@@ -46,7 +47,7 @@ class Team {
     parts_.fetch_add(1, std::memory_order_release);
     take(0);
     wait([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+    if (error_) std::rethrow_exception(error_);
   }
 
   int64_t members = 1;
@@ -99,8 +100,8 @@ class Team {
 template <class Function>
 void parallel(int64_t count, int64_t grain, const Function& f) {
   Team* team = Team::led();
-  const int64_t ranges = team ? std::min(team->members, (count + grain - 1) / grain) : 0;
   if (!team) return at::parallel_for(0, count, grain, f);
+  const int64_t ranges = std::min(team->members, ceil_div(count, grain));
   if (ranges > 1) team->each([&](int64_t i) { if (i < ranges) f(count * i / ranges, count * (i + 1) / ranges); });
   else if (count > 0) f(0, count);
 }
