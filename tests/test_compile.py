@@ -120,12 +120,11 @@ def test_no_piece_waits_for_the_compiler_before_the_last_is_lowered(monkeypatch)
     from torch._inductor.utils import fresh_cache
 
     events, lower, wait = [], compile_fx.compile_fx_inner, AsyncCompile._wait_futures
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 2)
     monkeypatch.setattr(compile_fx, "compile_fx_inner", lambda *a, **k: events.append("lower") or lower(*a, **k))
     monkeypatch.setattr(AsyncCompile, "_wait_futures", lambda *args: events.append("wait") or wait(*args))
     model = quantized()
     compiled = torch.compile(model, backend="qcompile")
-    with fresh_cache():
+    with fresh_cache(), torch._inductor.config.patch(compile_threads=2):  # monkeypatch would delete the setting after
         assert close(logits(compiled), logits(model))
     assert events == ["lower"] * 3 + ["wait"] * 3
 
