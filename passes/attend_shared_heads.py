@@ -1,8 +1,8 @@
-"""Attention whose query heads share keys and values, without the copies that give each its own.
+"""Attention as one op, whose query heads share keys and values without the copies that give each its own.
 
 A model repeats the heads of its cache, as many times as query heads share one, and attends to the copies: at each token
-the whole cache is read and written. ATen's attention on the CPU takes shared heads as they are (since torch 2.9); that
-of one new token becomes ``qcompile::attend``, for which the CPU has an operation that reads each position once.
+the whole cache is read and written. ``qcompile::attend`` takes shared heads as they are. The CPU has an operation for
+it; where that refuses, ATen's attention takes them too (since torch 2.9).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 @dataclass
 class AttendSharedHeads:
-    """Both rewrites: shared heads as they are, then one new token."""
+    """Attention whose softmax nobody else reads; of keys and values that ``expand`` repeats, those before it."""
 
     name: str = "attend_shared_heads"
     level: str = "aot"
@@ -30,37 +30,13 @@ class AttendSharedHeads:
     expected: int | None = None
 
     def __call__(self, module: GraphModule) -> Result:
-        """Rewrite ``module.graph``; ``matches`` counts attentions, once for each of the two."""
-        return apply_rules([_WithoutCopies(), _OneToken()], module, self.name)
+        """Rewrite ``module.graph``; ``matches`` counts attentions."""
+        return apply_rules([_Attention()], module, self.name)
 
 
-class _WithoutCopies:
-    """Keys and values that are heads repeated with ``expand``, both equally often."""
-
-    def pattern(self, node: Node) -> tuple[Node, Node, Node] | None:
-        if node.target is not _ATTENTION:
-            return None
-        key, of_value = (_repeated(node.args[i]) for i in (1, 2))
-        return None if key is None or of_value is None else (node, key, of_value)
-
-    def check(self, match: tuple[Node, Node, Node]) -> str:
-        _, key, of_value = match
-        if shape_of(key)[1] != shape_of(of_value)[1]:
-            return f"{key.name} has {shape_of(key)[1]} heads and {of_value.name} {shape_of(of_value)[1]}"
-        return ""
-
-    def rewrite(self, match: tuple[Node, Node, Node], edit: Edit) -> None:
-        node, key, of_value = match
-        new = edit.call(node, _ATTENTION, (node.args[0], key, of_value, *node.args[3:]), kwargs=node.kwargs)
-        edit.replace(node, new)
-        edit.erase(node)  # dropout makes it an operation that draws random numbers
-
-
-class _OneToken:
-    """Attention of a single query row, whose softmax nobody reads."""
-
+class _Attention:
     def pattern(self, node: Node) -> tuple[Node, Node] | None:
-        if node.target is not _ATTENTION or value(node.args[0]).shape[2] != 1:  # type: ignore[arg-type]
+        if node.target is not _ATTENTION:
             return None
         readers = [user for user in node.users if user.users]
         if len(readers) != 1 or readers[0].target is not operator.getitem or readers[0].args[1] != 0:
@@ -68,17 +44,18 @@ class _OneToken:
         return node, readers[0]
 
     def check(self, match: tuple[Node, Node]) -> str:
-        _, _, _, dropout, causal, _, _ = _arguments(match[0])
-        return "it drops some weights, or has a triangular mask" if dropout or causal else ""
+        return "it drops some of its weights" if _arguments(match[0])[3] else ""
 
     def rewrite(self, match: tuple[Node, Node], edit: Edit) -> None:
         node, result = match
-        query, key, of_value, _, _, mask, scale = _arguments(node)
-        scale = value(query).shape[3] ** -0.5 if scale is None else scale
+        query, *pair, _, causal, mask, scale = _arguments(node)
+        sources = [source for repeated in pair if (source := _repeated(repeated)) is not None]
+        if len(sources) == 2 and shape_of(sources[0])[1] == shape_of(sources[1])[1]:
+            pair = sources
         attend = torch.ops.qcompile.attend.default
-        edit.replace(result, edit.call(node, attend, (query, key, of_value, mask, scale)))
+        edit.replace(result, edit.call(node, attend, (query, *pair, mask, scale, causal)))
         for left in (*node.users, node):
-            edit.erase(left)
+            edit.erase(left)  # itself too: dropout makes it an operation that draws random numbers
 
 
 def _arguments(node: Node) -> list[Any]:

@@ -127,14 +127,15 @@ def quantize_words(x: Tensor, params: list[Tensor], activation: str) -> list[Ten
     return [numerics.pack_int4(codes), scale]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one new token, of whose heads several share those of k and v: in q's dtype.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:
+    """Attention, of whose heads several may share those of k and v: in q's dtype.
 
-    q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width] ->
-    [batch, heads, 1, value width]; head h reads shared head ``h // (heads / shared)``. mask, which is added to the
-    scaled scores, broadcasts to [batch, heads, 1, positions].
+    q [batch, heads, rows, width], k [batch, shared, positions, width], v [batch, shared, positions, value width] ->
+    [batch, heads, rows, value width]; head h reads shared head ``h // (heads / shared)``. mask, which is added to the
+    scaled scores, broadcasts to [batch, heads, rows, positions]; causal: row i reads the positions up to i instead.
+    scale: width ** -0.5 unless it is given.
     """
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
 DEFINITIONS: dict[str, Callable] = {

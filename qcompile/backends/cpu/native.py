@@ -74,7 +74,7 @@ def unavailable() -> str:
     torch.library.register_fake(f"{LIBRARY}::scaled_linear", _fake)
     torch.library.register_fake(f"{LIBRARY}::linears", _fakes)
     torch.library.register_fake(f"{LIBRARY}::scaled_linears", _fakes)
-    torch.library.register_fake(f"{LIBRARY}::attend", lambda q, k, v, *rest: q.new_empty((*q.shape[:3], v.shape[3])))
+    torch.library.register_fake(f"{LIBRARY}::attend", _fake_attention)
     return ""
 
 
@@ -168,3 +168,8 @@ def _fake(x, *rest):
 def _fakes(x, *rest):
     *_, out_features, dtype = rest
     return [x.new_empty((*x.shape[:-1], out), dtype=dtype) for out in out_features]
+
+
+def _fake_attention(q, k, v, *rest):
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)

@@ -1,151 +1,104 @@
-// Attention of one new token to the keys and values of a cache, whose heads several query heads may share.
+// Attention to the keys and values of a cache, whose heads several query heads may share.
 //
-// A position is read once for up to four query heads that share it, and not at all before the first or behind the last
-// of a chunk that the mask shows, so that the unused end of a static cache costs nothing. Positions are taken in chunks,
-// whose softmaxes are joined afterwards: a result does not depend on the number of threads.
+// What is loaded of a position serves several queries, of different heads and rows. Nothing is read before the first or
+// behind the last position of a chunk that the mask shows them, so that neither the unused end of a static cache nor the
+// future costs anything. Where queries are few, as those of a token are, tasks are made of single chunks, whose softmaxes
+// are joined afterwards: a result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
+#include "chunk.h"
 #include "team.h"
-#include "weight.h"
 
 namespace qcompile {
 
-constexpr int64_t kChunk = 256;     // positions that one task attends to
-constexpr int64_t kHeadWidth = 16;  // of which the elements of a head are a multiple
-constexpr int64_t kAhead = 4096;    // bytes from what is read to what is asked for: a cache is in pages of that size
-constexpr float kExcluded = -std::numeric_limits<float>::infinity();
+constexpr int64_t kTaskQueries = 64;  // of one task
+constexpr int64_t kFewQueries = 8;    // for which keys are not turned
 
-// [batch, heads, positions, width] of a float type, the elements of each position side by side.
-struct Heads {
-  const char* data;
-  Type type;
-  int64_t batch, head, position, width;  // strides in bytes, and elements
+// The queries of a task, and what it makes of them.
+class Attending {
+ public:
+  Attending(int64_t width, int64_t value_width, int64_t most)
+      : width_(width), value_width_(value_width), query_(most * width), scores_(most * kChunk),
+        made_(most * value_width), turned_(most > kFewQueries ? width * kChunk : 0), turns_(most > kFewQueries) {}
 
-  explicit Heads(const Tensor& t)
-      : data(static_cast<const char*>(t.data_ptr())), type(type_of(t.scalar_type())),
-        batch(t.stride(0) * t.element_size()), head(t.stride(1) * t.element_size()),
-        position(t.stride(2) * t.element_size()), width(t.size(3)) {}
-
-  Heads at(int64_t b, int64_t h, int64_t p) const {
-    Heads rest = *this;
-    rest.data += b * batch + h * head + p * position;
-    return rest;
+  void begin(int64_t count) {
+    count_ = count;
+    std::fill_n(softmax_, count, Softmax());
+    std::fill_n(static_cast<float*>(made_), count * value_width_, 0.f);
   }
-  const char* element(int64_t p, int64_t i) const { return data + p * position + i * size_of(type); }
-};
 
-// `count` numbers of `type` as floats.
-inline void copy_floats(const char* from, Type type, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load_floats(from + i * size_of(type), type));
-  if (i == count) return;
-  char rest[kVectorBytes] = {};
-  std::memcpy(rest, from + i * size_of(type), (count - i) * size_of(type));
-  const Floats last = load_floats(rest, type);
-  std::memcpy(to + i, &last, (count - i) * sizeof(float));
-}
+  float* query(int64_t i) { return query_ + i * width_; }
+  const float* made(int64_t i) const { return made_ + i * value_width_; }
+  const Softmax& softmax(int64_t i) const { return softmax_[i]; }
 
-// The softmax of one chunk of positions: its largest score, and the sum of exp(score - largest).
-struct Softmax {
-  float largest, sum;
-};
-
-// Add the scores of kHeads queries, float [kHeads, width] each, at positions from .. to to line[head * kChunk +
-// position], which holds the mask.
-template <Type kType, int kHeads>
-void add_scores(const float* query, const Heads& keys, int64_t from, int64_t to, float* line) {
-  const int64_t width = keys.width;
-  for (int64_t p = from; p < to; ++p) {
-    const char* key = keys.element(p, 0);
-    for (int64_t line = 0; line < width * size_of(kType); line += 64) __builtin_prefetch(key + kAhead + line);
-    Floats sums[kHeads] = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Floats part = load_floats(key + i * size_of(kType), kType);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) sums[h] += part * load<Floats>(query + h * width + i);
+  // Go on with `positions` of one chunk. mask(i, line): writes what is added to the scores of query i.
+  template <class Mask>
+  void attend(const Heads& keys, const Heads& values, int64_t positions, const Mask& mask) {
+    Range ranges[kTaskQueries], all;
+    for (int64_t i = 0; i < count_; ++i) {
+      float* line = scores_ + i * kChunk;
+      mask(i, line);
+      std::fill(line + positions, line + kChunk, kExcluded);
+      all.include(ranges[i] = seen(line, positions));
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) line[h * kChunk + p] += total(sums[h]);
-  }
-}
-
-// kChunk scores become exp(score - largest), in place.
-inline Softmax exponentiate(float* line) {
-  Floats most = load<Floats>(line), sum = {};
-  for (int64_t p = kLanes; p < kChunk; p += kLanes) {
-    const Floats v = load<Floats>(line + p);
-    most = v > most ? v : most;
-  }
-  float largest = kExcluded;
-  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
-  const float from = largest == kExcluded ? 0.f : largest;
-  for (int64_t p = 0; p < kChunk; p += kLanes) {
-    const Floats weight = exp_of(load<Floats>(line + p) - from);
-    store(line + p, weight);
-    sum += weight;
-  }
-  return {largest, total(sum)};
-}
-
-// result[head * width + i] = sum over positions of line[head * kChunk + position] * value, for kWide vectors from i on
-template <Type kType, int kHeads, int kWide>
-void add_values(const float* line, const Heads& values, int64_t from, int64_t to, int64_t i, float* result) {
-  Floats sums[kHeads][kWide] = {};
-  for (int64_t p = from; p < to; ++p) {
-    const char* value = values.element(p, i);
-    for (int64_t line = 0; line < kWide * kLanes * size_of(kType); line += 64) __builtin_prefetch(value + kAhead + line);
-#pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) {
-      const Floats part = load_floats(value + v * kLanes * size_of(kType), kType);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) sums[h][v] += part * line[h * kChunk + p];
+    if (all.empty()) return;
+    const bool turn = turns_ && count_ > kFewQueries;
+    if (turn) with_type(keys.type, [&](auto type) { turn_keys<type()>(keys, all, turned_); });
+    for (int64_t i = 0, some; i < count_; i += some) {
+      some = kMostQueries;
+      while (some > count_ - i) some /= 2;
+      Range range;
+      for (int64_t j = i; j < i + some; ++j) range.include(ranges[j]);
+      if (range.empty()) continue;
+      with_type(keys.type, [&](auto type) {
+        constexpr Type kType = type();
+        const auto run = some == 8   ? attend_chunk<kType, kMostQueries>
+                         : some == 4 ? attend_chunk<kType, 4>
+                         : some == 2 ? attend_chunk<kType, 2>
+                                     : attend_chunk<kType, 1>;
+        run(query(i), keys, turn ? static_cast<const float*>(turned_) : nullptr, values, range, scores_ + i * kChunk,
+            made_ + i * value_width_, softmax_ + i);
+      });
     }
   }
-  for (int h = 0; h < kHeads; ++h)
-    for (int v = 0; v < kWide; ++v) store(result + h * values.width + i + v * kLanes, sums[h][v]);
-}
 
-// Positions from .. to of one chunk for kHeads queries; line: float [kHeads, kChunk], the mask; result: float [kHeads,
-// width], not normalized.
-template <Type kType, int kHeads>
-void attend_chunk(const float* query, const Heads& keys, const Heads& values, int64_t from, int64_t to, float* line,
-                  float* result, Softmax* softmax) {
-  add_scores<kType, kHeads>(query, keys, from, to, line);
-  for (int h = 0; h < kHeads; ++h) softmax[h] = exponentiate(line + h * kChunk);
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= values.width; i += 4 * kLanes)
-    add_values<kType, kHeads, 4>(line, values, from, to, i, result);
-  for (; i < values.width; i += kLanes) add_values<kType, kHeads, 1>(line, values, from, to, i, result);
-}
+ private:
+  // f of a constant: `type`
+  template <class Function>
+  static void with_type(Type type, const Function& f) {
+    if (type == Type::float32) f(std::integral_constant<Type, Type::float32>());
+    else if (type == Type::float16) f(std::integral_constant<Type, Type::float16>());
+    else f(std::integral_constant<Type, Type::bfloat16>());
+  }
 
-template <Type kType>
-auto attend_chunk_of(int64_t heads) {
-  return heads == 4 ? attend_chunk<kType, 4> : heads == 2 ? attend_chunk<kType, 2> : attend_chunk<kType, 1>;
-}
+  int64_t width_, value_width_, count_ = 0;
+  Buffer<float> query_, scores_, made_, turned_;
+  Softmax softmax_[kTaskQueries];
+  bool turns_;
+};
 
-// The chunks of one query: parts float [chunks, width] and their softmaxes -> `width` elements at `to`.
-inline void join(const float* parts, const Softmax* softmax, int64_t chunks, int64_t width, char* to, Type type) {
+// The parts of one query: made by each float [parts, width] and their softmaxes -> `width` elements at `to`.
+inline void join(const float* made, const Softmax* softmax, int64_t parts, int64_t width, char* to, Type type) {
   float largest = kExcluded, sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) largest = std::max(largest, softmax[c].largest);
-  std::vector<float> share(chunks);
-  for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t c = 0; c < parts; ++c) largest = std::max(largest, softmax[c].largest);
+  std::vector<float> share(parts);
+  for (int64_t c = 0; c < parts; ++c) {
     share[c] = softmax[c].largest == kExcluded ? 0.f : std::exp(softmax[c].largest - largest);
     sum += share[c] * softmax[c].sum;
   }
   for (int64_t i = 0; i < width; i += kLanes) {
     Floats all = {};
-    for (int64_t c = 0; c < chunks; ++c) all += load<Floats>(parts + c * width + i) * (sum == 0 ? 0.f : share[c] / sum);
+    for (int64_t c = 0; c < parts; ++c) all += load<Floats>(made + c * width + i) * (sum == 0 ? 0.f : share[c] / sum);
     store_floats(to + i * size_of(type), type, all);
   }
 }
 
 // What `attend_into` takes, or an error.
 inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.size(2) == 1, "qcompile_cpu: attend is for one query row");
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "qcompile_cpu: q, k and v must have four dimensions");
   const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), positions = k.size(2), width = v.size(3);
   TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && v.size(1) == shared && v.size(2) == positions &&
                   k.size(3) == q.size(3) && shared > 0 && heads % shared == 0,
@@ -155,62 +108,64 @@ inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v) {
               kHeadWidth, " wide, not ", q.size(3), " and ", width);
 }
 
-// q [batch, heads, 1, width], k [batch, shared, positions, width], v [batch, shared, positions, value width], mask [batch,
-// heads, 1, positions], which is added to the scaled scores -> [batch, heads, 1, value width]. A query that may see no
-// position gets zeros.
+// q [batch, heads, rows, width], k [batch, shared, positions, width], v [batch, shared, positions, value width], mask
+// [batch, heads, rows, positions], which is added to the scaled scores; causal: row i sees the positions up to i ->
+// result [batch, heads, rows, value width]. A query that may see no position gets zeros.
 inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const optional<Tensor>& mask, double scale) {
-  const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), positions = k.size(2), width = v.size(3);
+                        const optional<Tensor>& mask, double scale, bool causal) {
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), shared = k.size(1), positions = k.size(2);
   const auto side_by_side = [](const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
-  const Tensor k_rows = side_by_side(k), v_rows = side_by_side(v);
-  const Tensor q_rows = side_by_side(q);
+  const Tensor k_rows = side_by_side(k), v_rows = side_by_side(v), q_rows = side_by_side(q);
   const Tensor mask_rows = mask ? side_by_side(*mask) : Tensor();
-  const Heads queries(q_rows), keys(k_rows), values(v_rows);
+  const Heads queries(q_rows), keys(k_rows), values(v_rows), results(result);
   const auto added = mask ? optional<Heads>(mask_rows) : std::nullopt;
-  const int64_t group = heads / shared, chunks = std::max<int64_t>(1, ceil_div(positions, kChunk));
-  const Buffer<float> parts(batch * heads * chunks * width);
-  std::vector<Softmax> softmax(batch * heads * chunks);
-  parallel(batch * shared * chunks, 1, [&](int64_t from, int64_t to) {
-    alignas(64) float line[4 * kChunk];
-    Softmax found[4];
-    std::vector<float> query(4 * keys.width), made(4 * width);
+  const int64_t group = heads / shared, all = group * rows, width = values.width;  // query i: row i / group
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(positions, kChunk)), blocks = ceil_div(all, kTaskQueries);
+  const int64_t parts = blocks == 1 ? chunks : 1, each = chunks / parts;
+  const Buffer<float> made(parts == 1 ? 0 : batch * shared * all * parts * width);
+  std::vector<Softmax> softmax(parts == 1 ? 0 : batch * shared * all * parts);
+  const auto finish = [&](int64_t b, int64_t h, int64_t i, const float* made, const Softmax* softmax) {
+    const char* to = results.at(b, h * group + i % group, i / group).data;
+    join(made, softmax, parts, width, const_cast<char*>(to), results.type);
+  };
+  parallel(batch * shared * blocks * parts, 1, [&](int64_t from, int64_t to) {
+    Attending attending(keys.width, width, std::min(all, kTaskQueries));
     for (int64_t task = from; task < to; ++task) {
-      const int64_t chunk = task % chunks, b = task / chunks / shared, h = task / chunks % shared;
-      const int64_t begin = chunk * kChunk, count = std::min(kChunk, positions - begin);
-      for (int64_t first = h * group, some; first < (h + 1) * group; first += some) {
-        const int64_t left = (h + 1) * group - first;
-        some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        std::fill_n(line, some * kChunk, kExcluded);
-        int64_t seen_from = count, seen_to = 0;
-        for (int64_t i = 0; i < some; ++i) {
-          float *own = line + i * kChunk, *row = query.data() + i * keys.width;
-          copy_floats(queries.at(b, first + i, 0).data, queries.type, keys.width, row);
-          for (int64_t j = 0; j < keys.width; ++j) row[j] *= static_cast<float>(scale);
-          if (mask) copy_floats(added->at(b, first + i, 0).element(0, begin), added->type, count, own);
-          else std::fill_n(own, count, 0.f);
-          int64_t p = 0, end = count;
-          while (p < end && own[p] == kExcluded) ++p;
-          while (p < end && own[end - 1] == kExcluded) --end;
-          seen_from = std::min(seen_from, p);
-          seen_to = std::max(seen_to, end);
-        }
-        const auto run = keys.type == Type::float32   ? attend_chunk_of<Type::float32>(some)
-                         : keys.type == Type::float16 ? attend_chunk_of<Type::float16>(some)
-                                                 : attend_chunk_of<Type::bfloat16>(some);
-        run(query.data(), keys.at(b, h, begin), values.at(b, h, begin), seen_from, seen_to, line, made.data(), found);
-        for (int64_t i = 0; i < some; ++i) {
-          const int64_t place = (b * heads + first + i) * chunks + chunk;
-          std::copy_n(made.data() + i * width, width, parts + place * width);
-          softmax[place] = found[i];
+      const int64_t part = task % parts, block = task / parts % blocks, h = task / parts / blocks % shared;
+      const int64_t b = task / parts / blocks / shared, first = block * kTaskQueries;
+      const int64_t count = std::min(kTaskQueries, all - first);
+      attending.begin(count);
+      for (int64_t i = 0; i < count; ++i) {
+        float* row = attending.query(i);
+        copy_floats(queries.at(b, h * group + (first + i) % group, (first + i) / group).data, queries.type, keys.width, row);
+        for (int64_t j = 0; j < keys.width; ++j) row[j] *= static_cast<float>(scale);
+      }
+      for (int64_t chunk = part * each; chunk < (part + 1) * each; ++chunk) {
+        const int64_t begin = chunk * kChunk, there = std::min(kChunk, positions - begin);
+        attending.attend(keys.at(b, h, begin), values.at(b, h, begin), there, [&](int64_t i, float* line) {
+          const int64_t row = (first + i) / group, head = h * group + (first + i) % group;
+          const int64_t shown = causal ? std::clamp<int64_t>(row + 1 - begin, 0, there) : there;
+          if (mask) copy_floats(added->at(b, head, row).element(0, begin), added->type, shown, line);
+          else std::fill_n(line, shown, 0.f);
+          std::fill(line + shown, line + there, kExcluded);
+        });
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (parts == 1) {
+          finish(b, h, first + i, attending.made(i), &attending.softmax(i));
+        } else {
+          const int64_t place = ((b * shared + h) * all + i) * parts + part;
+          std::copy_n(attending.made(i), width, made + place * width);
+          softmax[place] = attending.softmax(i);
         }
       }
     }
   });
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (chunks * width));
-  parallel(batch * heads, grain, [&](int64_t from, int64_t to) {
+  if (parts == 1) return;
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (parts * width));
+  parallel(batch * shared * all, grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i)
-      join(parts + i * chunks * width, &softmax[i * chunks], chunks, width,
-           static_cast<char*>(result.data_ptr()) + i * width * result.element_size(), type_of(q.scalar_type()));
+      finish(i / all / shared, i / all % shared, i % all, made + i * parts * width, &softmax[i * parts]);
   });
 }
 

@@ -125,13 +125,15 @@ std::vector<Tensor> scaled_linears(const Tensor& x, const Tensor& x_scales, cons
                        out_features, dtype);
 }
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask, double scale) {
+// In memory [batch, rows, heads, value width], as ATen's attention leaves it, and as models read it.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask, double scale, bool causal) {
   check_attend(q, k, v);
-  const Tensor result = at::empty({q.size(0), q.size(1), 1, v.size(3)}, q.options());
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2);
+  const Tensor result = at::empty({batch, rows, heads, v.size(3)}, q.options()).transpose(1, 2);
   const auto compute = [=](const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask) {
-    attend_into(result, q, k, v, mask, scale);
+    attend_into(result, q, k, v, mask, scale, causal);
   };
-  compute_and_record(compute, q, k, v, mask ? optional<Tensor>(mask->expand({q.size(0), q.size(1), 1, k.size(2)})) : mask);
+  compute_and_record(compute, q, k, v, mask ? optional<Tensor>(mask->expand({batch, heads, rows, k.size(2)})) : mask);
   return result;
 }
 
@@ -155,7 +157,7 @@ TORCH_LIBRARY(qcompile_cpu, m) {
       .def("kernel", &qcompile::Tape::kernel)
       .def("product", &qcompile::Tape::product)
       .def("run", &qcompile::Tape::run);
-  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
+  m.def("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qcompile_cpu, CPU, m) {

@@ -135,6 +135,33 @@ inline Floats exp_of(Floats v) {
   return v < kLeast ? Floats{} : sum * (Floats)((n + 127) << 23);
 }
 
+// lane i gets v[i ^ bit]
+inline Floats swapped(Floats v, int bit) {
+  Int32s lanes = {};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i ^ bit;
+#if defined(QCOMPILE_AVX512)
+  return (Floats)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
+#else
+  return (Floats)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
+#endif
+}
+
+// A matrix of kLanes vectors, in place: the bit by which a row and a column differ is exchanged, one bit after the other
+inline void transpose(Floats* rows) {
+#pragma GCC unroll 4
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+    Int32s odd = {};
+    for (int i = 0; i < kLanes; ++i) odd[i] = i & bit ? -1 : 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      if (r & bit) continue;
+      const Floats a = rows[r], b = rows[r + bit];
+      rows[r] = odd ? swapped(b, bit) : a;
+      rows[r + bit] = odd ? b : swapped(a, bit);
+    }
+  }
+}
+
 // -------------------------------------------------------------------------------------------- arrays of any float type
 
 enum class Type { bfloat16, float16, float32 };
