@@ -15,14 +15,20 @@
 namespace qcompile {
 
 constexpr int64_t kTaskQueries = 64;  // of one task
-constexpr int64_t kFewQueries = 8;    // for which keys are not turned
+constexpr int64_t kFewQueries = 8;    // for which keys and values are not prepared
 
 // The queries of a task, and what it makes of them.
 class Attending {
  public:
-  Attending(int64_t width, int64_t value_width, int64_t most)
-      : width_(width), value_width_(value_width), query_(most * width), scores_(most * kChunk),
-        made_(most * value_width), turned_(most > kFewQueries ? width * kChunk : 0), turns_(most > kFewQueries) {}
+  Attending(const Heads& queries, const Heads& keys, const Heads& values, float scale, int64_t most)
+      : width_(keys.width), value_width_(values.width), type_(keys.type), scale_(scale), few_(most <= kFewQueries),
+        query_(most * width_), scores_(most * kChunk), made_(most * value_width_),
+        turned_(few_ ? 0 : width_ * kChunk), joined_(few_ ? 0 : value_width_ * kChunk) {
+#if defined(QCOMPILE_BF16)
+    const bool bfloat16 = queries.type == Type::bfloat16 && type_ == Type::bfloat16;
+    pairs_ = !few_ && bfloat16 && width_ % (2 * kLanes) == 0;
+#endif
+  }
 
   void begin(int64_t count) {
     count_ = count;
@@ -30,9 +36,13 @@ class Attending {
     std::fill_n(static_cast<float*>(made_), count * value_width_, 0.f);
   }
 
-  float* query(int64_t i) { return query_ + i * width_; }
+  // `width` numbers of `type` become query i
+  void set_query(int64_t i, const char* numbers, Type type) {
+    if (pairs_) std::memcpy(query_ + i * width_ / 2, numbers, width_ * 2);
+    else copy_floats(numbers, type, width_, query_ + i * width_);
+  }
   const float* made(int64_t i) const { return made_ + i * value_width_; }
-  const Softmax& softmax(int64_t i) const { return softmax_[i]; }
+  Softmax& softmax(int64_t i) { return softmax_[i]; }
 
   // Go on with `positions` of one chunk. mask(i, line): writes what is added to the scores of query i.
   template <class Mask>
@@ -45,53 +55,77 @@ class Attending {
       all.include(ranges[i] = seen(line, positions));
     }
     if (all.empty()) return;
-    const bool turn = turns_ && count_ > kFewQueries;
-    if (turn) with_type(keys.type, [&](auto type) { turn_keys<type()>(keys, all, turned_); });
+    with_type([&](auto type) {
+      constexpr Type kType = type();
+#if defined(QCOMPILE_BF16)
+      if (pairs_) return attend_all<Type::bfloat16, Pairs>(keys, values, ranges, all);
+#endif
+      if (!few_) return attend_all<kType, Singles>(keys, values, ranges, all);
+      each<4>(ranges, [&](auto queries, int64_t i, const Range& range) {
+        attend_directly<kType, queries()>(query_ + i * width_, keys, values, scale_, range, scores_ + i * kChunk,
+                                          made_ + i * value_width_, softmax_ + i);
+      });
+    });
+  }
+
+ private:
+  template <Type kType, class Words>
+  void attend_all(const Heads& keys, const Heads& values, const Range* ranges, const Range& all) {
+    turn_keys<kType, Words>(keys, all, turned_);
+    join_values<kType, Words>(values, all, joined_);
+    each<kMostQueries>(ranges, [&](auto queries, int64_t i, const Range& range) {
+      const float* query = query_ + i * width_ / Words::kNumbers;
+      attend_prepared<Words, queries()>(query, turned_, joined_, width_, value_width_, scale_, range, scores_ + i * kChunk,
+                                        made_ + i * value_width_, softmax_ + i);
+    });
+  }
+
+  // f(a constant: how many, the first of them, what they see) for all queries, up to kMost at a time
+  template <int kMost, class Function>
+  void each(const Range* ranges, const Function& f) {
     for (int64_t i = 0, some; i < count_; i += some) {
-      some = kMostQueries;
+      some = kMost;
       while (some > count_ - i) some /= 2;
       Range range;
       for (int64_t j = i; j < i + some; ++j) range.include(ranges[j]);
       if (range.empty()) continue;
-      with_type(keys.type, [&](auto type) {
-        constexpr Type kType = type();
-        const auto run = some == 8   ? attend_chunk<kType, kMostQueries>
-                         : some == 4 ? attend_chunk<kType, 4>
-                         : some == 2 ? attend_chunk<kType, 2>
-                                     : attend_chunk<kType, 1>;
-        run(query(i), keys, turn ? static_cast<const float*>(turned_) : nullptr, values, range, scores_ + i * kChunk,
-            made_ + i * value_width_, softmax_ + i);
-      });
+      if (kMost == 8 && some == 8) f(std::integral_constant<int, kMost>(), i, range);
+      else if (some == 4) f(std::integral_constant<int, 4>(), i, range);
+      else if (some == 2) f(std::integral_constant<int, 2>(), i, range);
+      else f(std::integral_constant<int, 1>(), i, range);
     }
   }
 
- private:
-  // f of a constant: `type`
+  // f of a constant: the type of keys and values
   template <class Function>
-  static void with_type(Type type, const Function& f) {
-    if (type == Type::float32) f(std::integral_constant<Type, Type::float32>());
-    else if (type == Type::float16) f(std::integral_constant<Type, Type::float16>());
+  void with_type(const Function& f) const {
+    if (type_ == Type::float32) f(std::integral_constant<Type, Type::float32>());
+    else if (type_ == Type::float16) f(std::integral_constant<Type, Type::float16>());
     else f(std::integral_constant<Type, Type::bfloat16>());
   }
 
   int64_t width_, value_width_, count_ = 0;
-  Buffer<float> query_, scores_, made_, turned_;
+  Type type_;
+  float scale_;
+  bool few_, pairs_ = false;
+  Buffer<float> query_, scores_, made_, turned_, joined_;
   Softmax softmax_[kTaskQueries];
-  bool turns_;
 };
 
-// The parts of one query: made by each float [parts, width] and their softmaxes -> `width` elements at `to`.
-inline void join(const float* made, const Softmax* softmax, int64_t parts, int64_t width, char* to, Type type) {
+// The parts of one query: made by each float [parts, width] and their softmaxes, whose sums become the share of what was
+// made -> `width` elements at `to`.
+inline void join(const float* made, Softmax* softmax, int64_t parts, int64_t width, char* to, Type type) {
   float largest = kExcluded, sum = 0;
   for (int64_t c = 0; c < parts; ++c) largest = std::max(largest, softmax[c].largest);
-  std::vector<float> share(parts);
   for (int64_t c = 0; c < parts; ++c) {
-    share[c] = softmax[c].largest == kExcluded ? 0.f : std::exp(softmax[c].largest - largest);
-    sum += share[c] * softmax[c].sum;
+    const float factor = softmax[c].largest == kExcluded ? 0.f : std::exp(softmax[c].largest - largest);
+    sum += factor * softmax[c].sum;
+    softmax[c].sum = factor;
   }
+  for (int64_t c = 0; c < parts; ++c) softmax[c].sum = sum == 0 ? 0.f : softmax[c].sum / sum;
   for (int64_t i = 0; i < width; i += kLanes) {
     Floats all = {};
-    for (int64_t c = 0; c < parts; ++c) all += load<Floats>(made + c * width + i) * (sum == 0 ? 0.f : share[c] / sum);
+    for (int64_t c = 0; c < parts; ++c) all += load<Floats>(made + c * width + i) * softmax[c].sum;
     store_floats(to + i * size_of(type), type, all);
   }
 }
@@ -124,21 +158,20 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
   const int64_t parts = blocks == 1 ? chunks : 1, each = chunks / parts;
   const Buffer<float> made(parts == 1 ? 0 : batch * shared * all * parts * width);
   std::vector<Softmax> softmax(parts == 1 ? 0 : batch * shared * all * parts);
-  const auto finish = [&](int64_t b, int64_t h, int64_t i, const float* made, const Softmax* softmax) {
+  const auto finish = [&](int64_t b, int64_t h, int64_t i, const float* made, Softmax* softmax) {
     const char* to = results.at(b, h * group + i % group, i / group).data;
     join(made, softmax, parts, width, const_cast<char*>(to), results.type);
   };
   parallel(batch * shared * blocks * parts, 1, [&](int64_t from, int64_t to) {
-    Attending attending(keys.width, width, std::min(all, kTaskQueries));
+    Attending attending(queries, keys, values, static_cast<float>(scale), std::min(all, kTaskQueries));
     for (int64_t task = from; task < to; ++task) {
       const int64_t part = task % parts, block = task / parts % blocks, h = task / parts / blocks % shared;
       const int64_t b = task / parts / blocks / shared, first = block * kTaskQueries;
       const int64_t count = std::min(kTaskQueries, all - first);
       attending.begin(count);
       for (int64_t i = 0; i < count; ++i) {
-        float* row = attending.query(i);
-        copy_floats(queries.at(b, h * group + (first + i) % group, (first + i) / group).data, queries.type, keys.width, row);
-        for (int64_t j = 0; j < keys.width; ++j) row[j] *= static_cast<float>(scale);
+        const Heads query = queries.at(b, h * group + (first + i) % group, (first + i) / group);
+        attending.set_query(i, query.data, query.type);
       }
       for (int64_t chunk = part * each; chunk < (part + 1) * each; ++chunk) {
         const int64_t begin = chunk * kChunk, there = std::min(kChunk, positions - begin);

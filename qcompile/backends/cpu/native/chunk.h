@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 256;     // positions
 constexpr int64_t kHeadWidth = 16;  // of which the elements of a head are a multiple
 constexpr int64_t kAhead = 4096;    // bytes from what is read to what is asked for: a cache is in pages of that size
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
-constexpr int kMostQueries = kVectorBytes == 64 ? 8 : 4;  // that share what is loaded: as many as registers hold
+constexpr int kMostQueries = kVectorBytes == 64 ? 8 : 4;  // of many that share what is loaded: registers hold so many
 
 // [batch, heads, positions, width] of a float type, the elements of each position side by side.
 struct Heads {
@@ -91,41 +91,130 @@ struct Softmax {
   }
 };
 
-// Keys [positions, width] of a range -> float [width, kChunk], zeros beside the range in its first and last vector.
-template <Type kType>
+// Words of 32 bits, of which numbers are made where many queries share them: a float, or two of bfloat16.
+struct Singles {
+  static constexpr int kNumbers = 1;
+
+  // kLanes words of a row of `type`
+  static Floats load_words(const char* from, Type type) { return load_floats(from, type); }
+  // kLanes numbers of one position, and nothing of the next
+  static Floats join(const char* from, const char*, Type type) { return from ? load_floats(from, type) : Floats{}; }
+  static Floats add_product(Floats sum, Floats right, float left) { return sum + right * left; }
+  static void pack(float*, const Range&) {}
+};
+
+#if defined(QCOMPILE_BF16)
+struct Pairs {
+  static constexpr int kNumbers = 2;
+
+  static Floats load_words(const char* from, Type) { return load<Floats>(from); }
+  static Floats join(const char* from, const char* next, Type) {
+    const auto low = from ? load<HalfWidth>(from) : HalfWidth{}, high = next ? load<HalfWidth>(next) : HalfWidth{};
+    return (Floats)(__builtin_convertvector(low, UInt32s) | __builtin_convertvector(high, UInt32s) << 16);
+  }
+  static Floats add_product(Floats sum, Floats right, float left) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)_mm512_set1_ps(left));
+  }
+  // The floats of a range to bfloat16, from the beginning of the line on
+  static void pack(float* line, const Range& range) {
+    for (int64_t p = range.from / (2 * kLanes) * 2 * kLanes; p < range.to; p += 2 * kLanes) {
+      const Floats low = load<Floats>(line + p), high = load<Floats>(line + p + kLanes);
+      store(line + p / 2, (Floats)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+  }
+};
+#endif
+
+// Keys [positions, width] of a range -> words [width / kNumbers, kChunk], zeros beside the range in its first and last
+// vector.
+template <Type kType, class Words>
 void turn_keys(const Heads& keys, const Range& range, float* turned) {
+  const int64_t words = keys.width / Words::kNumbers;
   for (int64_t p = range.first_vector(); p < range.to; p += kLanes)
-    for (int64_t i = 0; i < keys.width; i += kLanes) {
+    for (int64_t i = 0; i < words; i += kLanes) {
       Floats block[kLanes];
-      for (int r = 0; r < kLanes; ++r)
-        block[r] = p + r >= range.from && p + r < range.to ? load_floats(keys.element(p + r, i), kType) : Floats{};
+      for (int r = 0; r < kLanes; ++r) {
+        const bool inside = p + r >= range.from && p + r < range.to;
+        block[r] = inside ? Words::load_words(keys.element(p + r, i * Words::kNumbers), kType) : Floats{};
+      }
       transpose(block);
       for (int r = 0; r < kLanes; ++r) store(turned + (i + r) * kChunk + p, block[r]);
     }
 }
 
-// Add the scores of kQueries queries, float [kQueries, width], at the kWide vectors from position p on.
-template <int kQueries, int kWide>
-void add_turned_scores(const float* query, const float* turned, int64_t width, int64_t p, float* scores) {
+// Values [positions, width] of a range -> words [kChunk / kNumbers, width], zeros beside the range in its first and last
+// word.
+template <Type kType, class Words>
+void join_values(const Heads& values, const Range& range, float* joined) {
+  const auto place = [&](int64_t p, int64_t i) {
+    return p >= range.from && p < range.to ? values.element(p, i) : nullptr;
+  };
+  for (int64_t word = range.from / Words::kNumbers; word * Words::kNumbers < range.to; ++word)
+    for (int64_t i = 0; i < values.width; i += kLanes) {
+      const int64_t p = word * Words::kNumbers;
+      store(joined + word * values.width + i, Words::join(place(p, i), place(p + 1, i), kType));
+    }
+}
+
+// A matrix of words.
+struct Matrix {
+  const float* data;
+  int64_t stride;
+};
+
+// result[q, i] = result[q, i] * factor[q] + scale * sum over words from .. to of left[q, word] * right[word, i], for
+// kQueries rows and kWide vectors
+template <class Words, int kQueries, int kWide>
+void multiply_words(const Matrix& left, const Matrix& right, int64_t from, int64_t to, const float* factor, float scale,
+                    float* result, int64_t stride) {
   Floats sums[kQueries][kWide] = {};
-  for (int64_t i = 0; i < width; ++i) {
+  for (int64_t word = from; word < to; ++word) {
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
-      const Floats keys = load<Floats>(turned + i * kChunk + p + v * kLanes);
+      const Floats part = load<Floats>(right.data + word * right.stride + v * kLanes);
 #pragma GCC unroll 8
-      for (int q = 0; q < kQueries; ++q) sums[q][v] += keys * query[q * width + i];
+      for (int q = 0; q < kQueries; ++q)
+        sums[q][v] = Words::add_product(sums[q][v], part, left.data[q * left.stride + word]);
     }
   }
   for (int q = 0; q < kQueries; ++q)
     for (int v = 0; v < kWide; ++v) {
-      float* to = scores + q * kChunk + p + v * kLanes;
-      store(to, load<Floats>(to) + sums[q][v]);
+      float* place = result + q * stride + v * kLanes;
+      store(place, load<Floats>(place) * factor[q] + sums[q][v] * scale);
     }
 }
 
-// The same of keys as they are, for so few queries that turning them does not pay.
+// kQueries of many queries attend to a range of positions. query: words [kQueries, width / kNumbers]; turned, joined: what
+// turn_keys and join_values make; scores: float [kQueries, kChunk], the mask; made: float [kQueries, width of values],
+// not normalized.
+template <class Words, int kQueries>
+void attend_prepared(const float* query, const float* turned, const float* joined, int64_t width, int64_t value_width,
+                     float scale, const Range& range, float* scores, float* made, Softmax* softmax) {
+  constexpr int kNumbers = Words::kNumbers;
+  const int64_t words = width / kNumbers, end = ceil_div(range.to, kNumbers);
+  float factor[kQueries];
+  std::fill_n(factor, kQueries, 1.f);
+  for (int64_t p = range.first_vector(); p < range.to;) {
+    const bool wide = p + kLanes < range.to;
+    const auto run = wide ? multiply_words<Words, kQueries, 2> : multiply_words<Words, kQueries, 1>;
+    run({query, words}, {turned + p, kChunk}, 0, words, factor, scale, scores + p, kChunk);
+    p += wide ? 2 * kLanes : kLanes;
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    factor[q] = softmax[q].add(scores + q * kChunk, range);
+    Words::pack(scores + q * kChunk, range);
+  }
+  for (int64_t i = 0; i < value_width;) {
+    const bool wide = i + 2 * kLanes <= value_width;
+    const auto run = wide ? multiply_words<Words, kQueries, 2> : multiply_words<Words, kQueries, 1>;
+    run({scores, kChunk}, {joined + i, value_width}, range.from / kNumbers, end, factor, 1.f, made + i, value_width);
+    i += wide ? 2 * kLanes : kLanes;
+  }
+}
+
+// Add the scores of kQueries queries, float [kQueries, width], to scores, float [kQueries, kChunk].
 template <Type kType, int kQueries>
-void add_scores(const float* query, const Heads& keys, const Range& range, float* scores) {
+void add_scores(const float* query, const Heads& keys, float scale, const Range& range, float* scores) {
   const int64_t width = keys.width;
   for (int64_t p = range.from; p < range.to; ++p) {
     const char* key = keys.element(p, 0);
@@ -133,11 +222,11 @@ void add_scores(const float* query, const Heads& keys, const Range& range, float
     Floats sums[kQueries] = {};
     for (int64_t i = 0; i < width; i += kLanes) {
       const Floats part = load_floats(key + i * size_of(kType), kType);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) sums[q] += part * load<Floats>(query + q * width + i);
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) scores[q * kChunk + p] += total(sums[q]);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) scores[q * kChunk + p] += total(sums[q]) * scale;
   }
 }
 
@@ -154,7 +243,7 @@ void add_values(const float* scores, const float* factor, const Heads& values, c
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) {
       const Floats part = load_floats(value + v * kLanes * size_of(kType), kType);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) sums[q][v] += part * scores[q * kChunk + p];
     }
   }
@@ -162,21 +251,14 @@ void add_values(const float* scores, const float* factor, const Heads& values, c
     for (int v = 0; v < kWide; ++v) store(made + q * values.width + i + v * kLanes, sums[q][v]);
 }
 
-// kQueries queries attend to a range of positions. query: float [kQueries, width]; turned: the keys as turn_keys makes
-// them, or null; scores: float [kQueries, kChunk], the mask; made: float [kQueries, value width], not normalized.
+// The same of so few queries that preparing keys and values does not pay; query: float [kQueries, width].
 template <Type kType, int kQueries>
-void attend_chunk(const float* query, const Heads& keys, const float* turned, const Heads& values, const Range& range,
-                  float* scores, float* made, Softmax* softmax) {
-  if (turned) {
-    int64_t p = range.first_vector();
-    for (; p + kLanes < range.to; p += 2 * kLanes) add_turned_scores<kQueries, 2>(query, turned, keys.width, p, scores);
-    if (p < range.to) add_turned_scores<kQueries, 1>(query, turned, keys.width, p, scores);
-  } else {
-    add_scores<kType, kQueries>(query, keys, range, scores);
-  }
+void attend_directly(const float* query, const Heads& keys, const Heads& values, float scale, const Range& range,
+                     float* scores, float* made, Softmax* softmax) {
+  add_scores<kType, kQueries>(query, keys, scale, range, scores);
   float factor[kQueries];
   for (int q = 0; q < kQueries; ++q) factor[q] = softmax[q].add(scores + q * kChunk, range);
-  constexpr int kWide = 2 * kMostQueries / std::max(kQueries, kMostQueries / 2);
+  constexpr int kWide = kMostQueries / 2;
   int64_t i = 0;
   for (; i + kWide * kLanes <= values.width; i += kWide * kLanes)
     add_values<kType, kQueries, kWide>(scores, factor, values, range, i, made);
