@@ -1,9 +1,9 @@
 // Attention to the keys and values of a cache, whose heads several query heads may share.
 //
 // What is loaded of a position serves several queries, of different heads and rows. Nothing is read before the first or
-// behind the last position of a chunk that the mask shows them, so that neither the unused end of a static cache nor the
-// future costs anything. Where queries are few, as those of a token are, tasks are made of single chunks, whose softmaxes
-// are joined afterwards: a result does not depend on the number of threads.
+// behind the last position of a chunk that the mask shows them, so that neither the unused end of a static cache nor
+// the future costs anything. Where queries are few, as those of a token are, tasks are made of single chunks, whose
+// softmaxes are joined afterwards: a result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -75,8 +75,8 @@ class Attending {
     join_values<kType, Words>(values, all, joined_);
     each<kMostQueries>(ranges, [&](auto queries, int64_t i, const Range& range) {
       const float* query = query_ + i * width_ / Words::kNumbers;
-      attend_prepared<Words, queries()>(query, turned_, joined_, width_, value_width_, scale_, range, scores_ + i * kChunk,
-                                        made_ + i * value_width_, softmax_ + i);
+      attend_prepared<Words, queries()>(query, turned_, joined_, width_, value_width_, scale_, range,
+                                        scores_ + i * kChunk, made_ + i * value_width_, softmax_ + i);
     });
   }
 
@@ -112,8 +112,8 @@ class Attending {
   Softmax softmax_[kTaskQueries];
 };
 
-// The parts of one query: made by each float [parts, width] and their softmaxes, whose sums become the share of what was
-// made -> `width` elements at `to`.
+// The parts of one query: float [parts, width] that each made, and their softmaxes, whose sums become the share of each
+// -> `width` elements at `to`.
 inline void join(const float* made, Softmax* softmax, int64_t parts, int64_t width, char* to, Type type) {
   float largest = kExcluded, sum = 0;
   for (int64_t c = 0; c < parts; ++c) largest = std::max(largest, softmax[c].largest);

@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 256;     // positions
 constexpr int64_t kHeadWidth = 16;  // of which the elements of a head are a multiple
 constexpr int64_t kAhead = 4096;    // bytes from what is read to what is asked for: a cache is in pages of that size
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
-constexpr int kMostQueries = kVectorBytes == 64 ? 8 : 4;  // of many that share what is loaded: registers hold so many
+constexpr int kMostQueries = kVectorBytes == 64 ? 8 : 4;  // of many, that share what is loaded: registers hold so many
 
 // [batch, heads, positions, width] of a float type, the elements of each position side by side.
 struct Heads {
@@ -50,7 +50,11 @@ struct Range {
   int64_t from = kChunk, to = 0;
 
   bool empty() const { return from >= to; }
-  void include(const Range& other) { from = std::min(from, other.from), to = std::max(to, other.to); }
+  void include(const Range& other) {
+    if (other.empty()) return;
+    from = std::min(from, other.from);
+    to = std::max(to, other.to);
+  }
   int64_t first_vector() const { return from / kLanes * kLanes; }
 };
 
@@ -142,8 +146,8 @@ void turn_keys(const Heads& keys, const Range& range, float* turned) {
     }
 }
 
-// Values [positions, width] of a range -> words [kChunk / kNumbers, width], zeros beside the range in its first and last
-// word.
+// Values [positions, width] of a range -> words [kChunk / kNumbers, width], zeros beside the range in its first and
+// last word.
 template <Type kType, class Words>
 void join_values(const Heads& values, const Range& range, float* joined) {
   const auto place = [&](int64_t p, int64_t i) {
@@ -184,9 +188,9 @@ void multiply_words(const Matrix& left, const Matrix& right, int64_t from, int64
     }
 }
 
-// kQueries of many queries attend to a range of positions. query: words [kQueries, width / kNumbers]; turned, joined: what
-// turn_keys and join_values make; scores: float [kQueries, kChunk], the mask; made: float [kQueries, width of values],
-// not normalized.
+// kQueries of many queries attend to a range of positions. query: words [kQueries, width / kNumbers]; turned, joined:
+// what turn_keys and join_values make; scores: float [kQueries, kChunk], the mask; made: float [kQueries, width of
+// values], not normalized.
 template <class Words, int kQueries>
 void attend_prepared(const float* query, const float* turned, const float* joined, int64_t width, int64_t value_width,
                      float scale, const Range& range, float* scores, float* made, Softmax* softmax) {
@@ -233,13 +237,15 @@ void add_scores(const float* query, const Heads& keys, float scale, const Range&
 // made[query, i] = made[query, i] * factor[query] + sum over positions of scores[query, position] * value, for kWide
 // vectors from i on
 template <Type kType, int kQueries, int kWide>
-void add_values(const float* scores, const float* factor, const Heads& values, const Range& range, int64_t i, float* made) {
+void add_values(const float* scores, const float* factor, const Heads& values, const Range& range, int64_t i,
+                float* made) {
   Floats sums[kQueries][kWide];
   for (int q = 0; q < kQueries; ++q)
     for (int v = 0; v < kWide; ++v) sums[q][v] = load<Floats>(made + q * values.width + i + v * kLanes) * factor[q];
   for (int64_t p = range.from; p < range.to; ++p) {
     const char* value = values.element(p, i);
-    for (int64_t line = 0; line < kWide * kLanes * size_of(kType); line += 64) __builtin_prefetch(value + kAhead + line);
+    for (int64_t line = 0; line < kWide * kLanes * size_of(kType); line += 64)
+      __builtin_prefetch(value + kAhead + line);
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) {
       const Floats part = load_floats(value + v * kLanes * size_of(kType), kType);
