@@ -214,6 +214,8 @@ def run(description: str, schemes: list[str], what: str) -> None:
     prefills, steps = measure(chosen, variants)
     result: dict[str, Any] = facts(chosen, variants) | {"ratios": {}}
     llama, beside = against_llama(chosen, variants) if chosen.llama else (None, [{}, {}])
+    if llama is not None:
+        result["megabytes"][llama.name] = round(llama.bytes / 1e6)
     found = {"decode": (steps, beside[1], 1), "prefill": (prefills, beside[0], chosen.prompt)}
     for name, (seconds, rivals, count) in found.items() if chosen.both else [(what, found[what])]:
         result["ratios"] |= table_of(chosen, variants, name, seconds, count)

@@ -88,7 +88,6 @@ class LlamaRunner:
 
         self.name = f"llama.cpp Q4_0 (llama-cpp-python {llama_cpp.__version__})"
         self.thread = ThreadPoolExecutor(1)
-        started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write(path, sizes, vocabulary)
@@ -106,7 +105,6 @@ class LlamaRunner:
             )
         self.prefill()
         self.step()
-        self.compile_seconds = time.perf_counter() - started
 
     def prefill(self) -> float:
         """Seconds to run the prompt through an empty cache."""

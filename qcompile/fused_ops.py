@@ -132,7 +132,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
 
     q [batch, heads, rows, width], k [batch, shared, positions, width], v [batch, shared, positions, value width] ->
     [batch, heads, rows, value width]; head h reads shared head ``h // (heads / shared)``. mask, which is added to the
-    scaled scores, broadcasts to [batch, heads, rows, positions]; causal: row i reads the positions up to i instead.
+    scaled scores, broadcasts to [batch, heads, rows, positions]; causal: row i reads none after i.
     scale: width ** -0.5 unless it is given.
     """
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)

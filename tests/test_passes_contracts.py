@@ -205,6 +205,13 @@ class TestCompiled:
         with pytest.raises(Exception, match=r"PassError: pass custom promises numerics 'exact'"), torch.no_grad():
             compiled(torch.randn(3, 32))
 
+    def test_codes_that_may_differ_by_a_step_hide_no_wrong_number(self, passes_only):
+        scaled = Custom(lambda graph: insert(graph, torch.ops.aten.mul.Tensor, 1.1), numerics="reorder")
+        model = quantized("w8a8")
+        compiled = torch.compile(model, backend="qcompile", options={"passes": [scaled], "verify": "numbers"})
+        with pytest.raises(Exception, match=r"PassError: pass custom promises numerics 'reorder'"), torch.no_grad():
+            compiled(torch.randn(3, 32))
+
     def test_without_its_partner_a_pass_changes_nothing_but_its_own_matches(self, passes_only):
         model = quantized()
         x = torch.randn(3, 32)

@@ -73,6 +73,20 @@ def test_a_decoded_token_is_replayed_to_the_bit(graphs, monkeypatch, scheme, dty
         assert all(torch.equal(one, other) for one, other in zip(result, wanted, strict=True))
 
 
+def test_a_short_prompt_is_replayed_to_the_bit(graphs):
+    model = quantized("w8a8")
+    cache, results = static_cache(model), []
+    for options in ({}, {"replay": False}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="qcompile", options=options)
+        for _ in range(4):
+            cache.reset()
+            with torch.no_grad():
+                results.append(compiled(input_ids=tokens(9), past_key_values=cache).logits)
+    assert recorded(graphs) == 1, [graph.refusal for graph in graphs]
+    assert all(torch.equal(result, results[-1]) for result in results)
+
+
 def test_a_linear_that_stays_float_is_replayed(graphs):
     model = quantized({"scheme": "w4a16_g32", "rules": [{"match": "*.down_proj", "scheme": "float"}]}, torch.float32)
     compiled = torch.compile(model, backend="qcompile")

@@ -35,7 +35,7 @@ _AVX2 = ("mavx2", "mfma", "mf16c")
 _AVX512 = (*_AVX2, "mavx512f", "mavx512dq", "mavx512vl", "mavx512bw", "DQCOMPILE_AVX512")
 _VNNI = (*_AVX512, "mavx512vnni", "DQCOMPILE_VNNI")
 LEVELS: dict[str, tuple[str, ...]] = {
-    "amx": (*_VNNI, "DQCOMPILE_AMX"),  # the tiles themselves are oneDNN's affair, as are products of bfloat16
+    "amx": (*_VNNI, "DQCOMPILE_AMX"),  # the tiles themselves are oneDNN's affair
     "avx512_bf16": (*_VNNI, "mavx512bf16", "DQCOMPILE_BF16"),
     "avx512_vnni": _VNNI,
     "avx512": _AVX512,

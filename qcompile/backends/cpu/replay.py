@@ -30,7 +30,7 @@ from . import native
 KEPT = 4  # recordings of one graph: of as many caches
 MOST_COPIED = 2**20  # bytes of an input that may be anywhere
 MOST_SERIAL = 2**16  # bytes of activations up to which a kernel of Inductor's has one thread; else threads of its own
-MOST_HELD = 32 * 2**20  # bytes that a recording may hold: activations of a token, not of a prompt
+MOST_HELD = 32 * 2**20  # bytes that a recording may hold: activations of a token, not of a long prompt
 
 _RECORDED = {f"{native.LIBRARY}::{name}" for name in ("linear", "linears", "scaled_linear", "scaled_linears", "attend")}
 """The ops that put themselves on a tape."""
@@ -124,7 +124,7 @@ class Replay:
             self.refusal = str(refused)
             return self.run(inputs)
         self.refusal = recording.refusal
-        self.recordings[key] = None if recording.refusal or recording.bytes > MOST_HELD else recording
+        self.recordings[key] = None if recording.refusal or recording.is_too_large else recording
         if len(self.recordings) > KEPT:
             self.recordings.popitem(last=False)
         return outputs
@@ -181,7 +181,7 @@ class _Recording(TorchDispatchMode):
 
     def _kernel(self, kernel: _Kernel, *args: Any) -> None:
         kernel.function(*args)
-        if threading.get_ident() != self._thread or self.refusal or self.bytes > MOST_HELD:
+        if threading.get_ident() != self._thread or self.refusal:
             return
         for x in args:
             if isinstance(x, Tensor):
@@ -189,6 +189,8 @@ class _Recording(TorchDispatchMode):
             elif type(x) is not int:
                 self.refusal = f"{kernel.name} takes a {type(x).__name__}"
                 return
+        if self.is_too_large:
+            return
         made = [x.untyped_storage() for x in args if isinstance(x, Tensor) and not self._is_given(x)]
         apart = any(memory.nbytes() > MOST_SERIAL for memory in made)
         self.tape.kernel(kernel.address, [x.data_ptr() if isinstance(x, Tensor) else x for x in args], apart)
@@ -196,14 +198,24 @@ class _Recording(TorchDispatchMode):
     def _product(self, out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
         for tensor in (out, a, b) if bias is None else (out, bias, a, b):
             self._hold(tensor)
-        self.tape.product(out, bias, a, b)
+        if not self.is_too_large:
+            self.tape.product(out, bias, a, b)
 
     def _hold(self, tensor: Tensor) -> None:
-        """Keep memory that was made in the recorded run, so that nobody else gets it."""
+        """Keep memory that was made in the recorded run, so that nobody else gets it; past the limit, keep nothing."""
         storage = tensor.untyped_storage()
-        if not self._is_given(tensor) and storage.data_ptr() not in self._held:
-            self._held[storage.data_ptr()] = tensor
-            self.bytes += storage.nbytes()
+        if self.is_too_large or self._is_given(tensor) or storage.data_ptr() in self._held:
+            return
+        self._held[storage.data_ptr()] = tensor
+        self.bytes += storage.nbytes()
+        if self.is_too_large:
+            self.tape.drop()
+            self._held.clear()
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the run needs more memory than a recording may hold."""
+        return self.bytes > MOST_HELD
 
     def _is_given(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._given

@@ -2,8 +2,8 @@
 //
 // What is loaded of a position serves several queries, of different heads and rows. Nothing is read before the first or
 // behind the last position of a chunk that the mask shows them, so that neither the unused end of a static cache nor
-// the future costs anything. Where queries are few, as those of a token are, tasks are made of single chunks, whose
-// softmaxes are joined afterwards: a result does not depend on the number of threads.
+// the future costs anything. Where there are few tasks, as for a token, each takes some of the chunks, whose softmaxes
+// are joined afterwards: how many is decided by shapes, so that a result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@ namespace qcompile {
 
 constexpr int64_t kTaskQueries = 64;  // of one task
 constexpr int64_t kFewQueries = 8;    // for which keys and values are not prepared
+constexpr int64_t kWantedTasks = 64;  // which busy most machines, and hold little beside each other
 
 // The queries of a task, and what it makes of them.
 class Attending {
@@ -82,6 +83,7 @@ class Attending {
 
   // f(a constant: how many, the first of them, what they see) for all queries, up to kMost at a time
   template <int kMost, class Function>
+    requires(kMost == 4 || kMost == 8)
   void each(const Range* ranges, const Function& f) {
     for (int64_t i = 0, some; i < count_; i += some) {
       some = kMost;
@@ -155,7 +157,8 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
   const auto added = mask ? optional<Heads>(mask_rows) : std::nullopt;
   const int64_t group = heads / shared, all = group * rows, width = values.width;  // query i: row i / group
   const int64_t chunks = std::max<int64_t>(1, ceil_div(positions, kChunk)), blocks = ceil_div(all, kTaskQueries);
-  const int64_t parts = blocks == 1 ? chunks : 1, each = chunks / parts;
+  const int64_t wanted = ceil_div(kWantedTasks, std::max<int64_t>(1, batch * shared * blocks));
+  const int64_t each = ceil_div(chunks, wanted), parts = ceil_div(chunks, each);  // chunks of a task, and tasks of a block
   const Buffer<float> made(parts == 1 ? 0 : batch * shared * all * parts * width);
   std::vector<Softmax> softmax(parts == 1 ? 0 : batch * shared * all * parts);
   const auto finish = [&](int64_t b, int64_t h, int64_t i, const float* made, Softmax* softmax) {
@@ -173,7 +176,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
         const Heads query = queries.at(b, h * group + (first + i) % group, (first + i) / group);
         attending.set_query(i, query.data, query.type);
       }
-      for (int64_t chunk = part * each; chunk < (part + 1) * each; ++chunk) {
+      for (int64_t chunk = part * each; chunk < std::min((part + 1) * each, chunks); ++chunk) {
         const int64_t begin = chunk * kChunk, there = std::min(kChunk, positions - begin);
         attending.attend(keys.at(b, h, begin), values.at(b, h, begin), there, [&](int64_t i, float* line) {
           const int64_t row = (first + i) / group, head = h * group + (first + i) % group;
@@ -187,7 +190,7 @@ inline void attend_into(const Tensor& result, const Tensor& q, const Tensor& k, 
         if (parts == 1) {
           finish(b, h, first + i, attending.made(i), &attending.softmax(i));
         } else {
-          const int64_t place = ((b * shared + h) * all + i) * parts + part;
+          const int64_t place = ((b * shared + h) * all + first + i) * parts + part;
           std::copy_n(attending.made(i), width, made + place * width);
           softmax[place] = attending.softmax(i);
         }

@@ -95,7 +95,7 @@ struct Softmax {
   }
 };
 
-// Words of 32 bits, of which numbers are made where many queries share them: a float, or two of bfloat16.
+// What is multiplied where many queries share keys and values, in words of 32 bits: a float, or two of bfloat16.
 struct Singles {
   static constexpr int kNumbers = 1;
 
@@ -264,7 +264,7 @@ void attend_directly(const float* query, const Heads& keys, const Heads& values,
   add_scores<kType, kQueries>(query, keys, scale, range, scores);
   float factor[kQueries];
   for (int q = 0; q < kQueries; ++q) factor[q] = softmax[q].add(scores + q * kChunk, range);
-  constexpr int kWide = kMostQueries / 2;
+  constexpr int kWide = kVectorBytes == 64 ? 4 : 2;  // with four queries, as many sums as registers hold
   int64_t i = 0;
   for (; i + kWide * kLanes <= values.width; i += kWide * kLanes)
     add_values<kType, kQueries, kWide>(scores, factor, values, range, i, made);

@@ -154,6 +154,7 @@ TORCH_LIBRARY(qcompile_cpu, m) {
       .def(torch::init<>())
       .def("begin", &qcompile::Tape::begin)
       .def("end", &qcompile::Tape::end)
+      .def("drop", &qcompile::Tape::drop)
       .def("kernel", &qcompile::Tape::kernel)
       .def("product", &qcompile::Tape::product)
       .def("run", &qcompile::Tape::run);

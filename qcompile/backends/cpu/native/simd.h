@@ -1,7 +1,8 @@
 // Vectors of the instruction set that is compiled for: GCC's and Clang's vector types, which have the operators of
 // their elements, and the few operations that no operator expresses.
 //
-// QCOMPILE_AVX512 selects vectors of 64 bytes, QCOMPILE_VNNI the dot products of AVX512-VNNI; without either: AVX2.
+// QCOMPILE_AVX512 selects vectors of 64 bytes, QCOMPILE_VNNI the dot products of AVX512-VNNI, QCOMPILE_BF16 those of
+// AVX512-BF16; without any: AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -136,7 +137,7 @@ inline Floats exp_of(Floats v) {
 }
 
 // lane i gets v[i ^ bit]
-inline Floats swapped(Floats v, int bit) {
+inline Floats lanes_swapped(Floats v, int bit) {
   Int32s lanes = {};
   for (int i = 0; i < kLanes; ++i) lanes[i] = i ^ bit;
 #if defined(QCOMPILE_AVX512)
@@ -156,8 +157,8 @@ inline void transpose(Floats* rows) {
     for (int r = 0; r < kLanes; ++r) {
       if (r & bit) continue;
       const Floats a = rows[r], b = rows[r + bit];
-      rows[r] = odd ? swapped(b, bit) : a;
-      rows[r + bit] = odd ? b : swapped(a, bit);
+      rows[r] = odd ? lanes_swapped(b, bit) : a;
+      rows[r + bit] = odd ? b : lanes_swapped(a, bit);
     }
   }
 }

@@ -47,6 +47,12 @@ class Tape : public torch::CustomClassHolder {
 
   void end() { recording() = nullptr; }
 
+  // Record no more, and forget everything with the memory that it owns.
+  void drop() {
+    end();
+    calls_.clear();
+  }
+
   // call: what to repeat; apart: whether it has threads of its own.
   void add(std::function<void()> call, bool apart = false) { calls_.push_back({std::move(call), apart}); }
 
