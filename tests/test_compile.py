@@ -157,10 +157,10 @@ def test_the_activation_is_quantized_once_for_all_its_readers():
     assert records["fuse_norm_quant"].matches == 2 * 2
     assert records["fuse_gated_act_quant"].matches == 2
     # a layer: two norms and the gated activation with their quantizations, the norms of q and k, the quantization
-    # before o_proj, seven products, or four where q, k and v and gate and up are one; then the last norm
+    # before o_proj, attention, seven products, or four where q, k and v and gate and up are one; then the last norm
     products = 7 if native.unavailable() else 4
     assert records["merge_linears"].matches == (0 if native.unavailable() else 2 * 2)
-    assert records["lower"].matches == 2 * (3 + 2 + 1 + products) + 1
+    assert records["lower"].matches == 2 * (3 + 2 + 1 + products + 1) + 1
 
 
 class TestFloatModel:
