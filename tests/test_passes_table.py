@@ -50,10 +50,10 @@ def passes_only(monkeypatch):
     monkeypatch.setattr(compiler._Inner, "_compile", lambda self, module, inputs, kwargs: (module.forward, 1, 1))
 
 
-def records(model: nn.Module, tolerance: float = 1e-5, **options) -> dict[str, tuple[int, tuple]]:
+def records(model: nn.Module, **options) -> dict[str, tuple[int, tuple]]:
     """(matches, near-misses) of each pass in the one graph of a forward, whose numbers are those of the model."""
     compiled = torch.compile(model, backend="qcompile", fullgraph=True, options={"verify": "numbers", **options})
-    assert relative_error(logits(compiled), logits(model)) < tolerance
+    assert relative_error(logits(compiled), logits(model)) < 1e-5
     (graph,) = qcompile.report(compiled).graphs
     return {record.name: (record.matches, record.rejected) for record in graph.passes}
 
@@ -83,8 +83,9 @@ CASES = [
 def test_matches(family, scheme, passes_only):
     model = (tiny_model if family in DENSE else tiny_moe)(family, dtype=torch.float32)
     data = torch.randint(3, 50, (4, 16)) if scheme == "w8a8_static" else None
-    tolerance = 1e-5 if "a16" in scheme else 2e-2  # a difference of rounding may be another code of an activation
-    found = records(qcompile.quantize(model, scheme, data=data, sequence=16, rare_experts="all_tokens"), tolerance)
+    model = qcompile.quantize(model, scheme, data=data, sequence=16, rare_experts="all_tokens")
+    # attention in another order of summation may make other codes of the activations after it
+    found = records(model, passes=["-attend_shared_heads"])
     assert tuple(found[name][0] for name in PASSES) == expected(family, scheme)
     assert [found[name][1] for name in PASSES] == [()] * len(PASSES)
 
