@@ -44,18 +44,28 @@ class _Attention:
         return node, readers[0]
 
     def check(self, match: tuple[Node, Node]) -> str:
-        return "it drops some of its weights" if _arguments(match[0])[3] else ""
+        if _arguments(match[0])[3]:
+            return "it drops some of its weights"
+        sources = _sources(match[0])
+        if sources and len({shape_of(source)[1] for source in sources}) > 1:
+            key, of_value = sources
+            return f"{key.name} has {shape_of(key)[1]} heads and {of_value.name} {shape_of(of_value)[1]}"
+        return ""
 
     def rewrite(self, match: tuple[Node, Node], edit: Edit) -> None:
         node, result = match
-        query, *pair, _, causal, mask, scale = _arguments(node)
-        sources = [source for repeated in pair if (source := _repeated(repeated)) is not None]
-        if len(sources) == 2 and shape_of(sources[0])[1] == shape_of(sources[1])[1]:
-            pair = sources
+        query, key, of_value, _, causal, mask, scale = _arguments(node)
+        pair = _sources(node) or [key, of_value]
         attend = torch.ops.qcompile.attend.default
         edit.replace(result, edit.call(node, attend, (query, *pair, mask, scale, causal)))
         for left in (*node.users, node):
             edit.erase(left)  # itself too: dropout makes it an operation that draws random numbers
+
+
+def _sources(node: Node) -> list[Node]:
+    """Keys and values of an attention before their heads were repeated; none unless both were."""
+    found = [_repeated(node.args[i]) for i in (1, 2)]
+    return [source for source in found if source is not None] if None not in found else []
 
 
 def _arguments(node: Node) -> list[Any]:
