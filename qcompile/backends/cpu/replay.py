@@ -181,7 +181,7 @@ class _Recording(TorchDispatchMode):
 
     def _kernel(self, kernel: _Kernel, *args: Any) -> None:
         kernel.function(*args)
-        if threading.get_ident() != self._thread or self.refusal:
+        if threading.get_ident() != self._thread or self.refusal or self.is_too_large:
             return
         for x in args:
             if isinstance(x, Tensor):
@@ -189,8 +189,6 @@ class _Recording(TorchDispatchMode):
             elif type(x) is not int:
                 self.refusal = f"{kernel.name} takes a {type(x).__name__}"
                 return
-        if self.is_too_large:
-            return
         made = [x.untyped_storage() for x in args if isinstance(x, Tensor) and not self._is_given(x)]
         apart = any(memory.nbytes() > MOST_SERIAL for memory in made)
         self.tape.kernel(kernel.address, [x.data_ptr() if isinstance(x, Tensor) else x for x in args], apart)
@@ -198,8 +196,7 @@ class _Recording(TorchDispatchMode):
     def _product(self, out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
         for tensor in (out, a, b) if bias is None else (out, bias, a, b):
             self._hold(tensor)
-        if not self.is_too_large:
-            self.tape.product(out, bias, a, b)
+        self.tape.product(out, bias, a, b)
 
     def _hold(self, tensor: Tensor) -> None:
         """Keep memory that was made in the recorded run, so that nobody else gets it; past the limit, keep nothing."""

@@ -56,11 +56,11 @@ class Attending {
       all.include(ranges[i] = seen(line, positions));
     }
     if (all.empty()) return;
+#if defined(QCOMPILE_BF16)
+    if (pairs_) return attend_all<Type::bfloat16, Pairs>(keys, values, ranges, all);
+#endif
     with_type([&](auto type) {
       constexpr Type kType = type();
-#if defined(QCOMPILE_BF16)
-      if (pairs_) return attend_all<Type::bfloat16, Pairs>(keys, values, ranges, all);
-#endif
       if (!few_) return attend_all<kType, Singles>(keys, values, ranges, all);
       each<4>(ranges, [&](auto queries, int64_t i, const Range& range) {
         attend_directly<kType, queries()>(query_ + i * width_, keys, values, scale_, range, scores_ + i * kChunk,

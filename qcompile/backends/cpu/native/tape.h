@@ -53,8 +53,10 @@ class Tape : public torch::CustomClassHolder {
     calls_.clear();
   }
 
-  // call: what to repeat; apart: whether it has threads of its own.
-  void add(std::function<void()> call, bool apart = false) { calls_.push_back({std::move(call), apart}); }
+  // call: what to repeat; apart: whether it has threads of its own. A dropped tape takes nothing more.
+  void add(std::function<void()> call, bool apart = false) {
+    if (recording() == this) calls_.push_back({std::move(call), apart});
+  }
 
   // The function at `address`, called with `words`: pointers and integers.
   void kernel(int64_t address, std::vector<int64_t> words, bool apart) {
